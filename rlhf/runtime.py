@@ -1,0 +1,76 @@
+"""The machine: seeds, device, precision, threads, and stopping on request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+from types import FrameType
+
+import numpy as np
+import torch
+
+from rlhf.config import RuntimeConfig
+from rlhf.errors import ConfigError, StopRequested
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_runtime(config: RuntimeConfig, *, seed: int) -> torch.device:
+    """Set threads, determinism and seeds; return the device. Call it once, before any tensor."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    # cuBLAS is deterministic only with a fixed workspace; it must be named before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seed_everything(seed)
+    return choose_device(config)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def generator(seed: int, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random stream of its own for (seed, parts...), so that no step depends on what ran before it."""
+    mixed = np.random.SeedSequence([seed, *parts]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(mixed >> np.uint64(1)))
+
+
+def choose_device(config: RuntimeConfig) -> torch.device:
+    """The device that the configuration asks for; ConfigError where it is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device=cuda, but no CUDA device is visible; use auto or cpu")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` as torch names it."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT so that a loop can finish its step, save and leave."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Listen; a second signal changes nothing."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            logger.info("%s received: finishing the step and saving", signal.Signals(number).name)
+        self.requested = True
+
+    def check(self) -> None:
+        """Raise StopRequested when a signal has come; for places where nothing needs saving."""
+        if self.requested:
+            raise StopRequested("stopped on request; run the same command again to continue")

@@ -1,0 +1,212 @@
+"""Logs, progress and metrics: facts on stderr, bars on a terminal, numbers in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from rlhf.checkpoint import write_text_atomically
+
+PROGRESS_SECONDS = 2.0
+BAR = "{desc:<18} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, for machines that collect logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time, level, logger and message; a traceback when there is one."""
+        fact: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fact["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fact)
+
+
+class BarSafeHandler(logging.StreamHandler[Any]):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def configure_logging(*, debug: bool = False) -> None:
+    """Human lines on a terminal, JSON otherwise, for our facts and libraries' warnings. Only entry points call this."""
+    handler = BarSafeHandler()
+    human = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    handler.setFormatter(human if sys.stderr.isatty() else JsonFormatter())
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("rlhf").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.captureWarnings(True)
+    _redirect_transformers()
+
+
+def _redirect_transformers() -> None:
+    """Send what transformers logs through our handler, and spare us its bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()
+
+
+class Metrics:
+    """Appends numbers to metrics.jsonl and, if asked, to TensorBoard.
+
+    Lines at or after `start_step` that an earlier, killed process left are removed first, so that a
+    continued run has neither gaps nor doubles. Disabled, as on all but the main process, it does nothing.
+    """
+
+    def __init__(self, directory: Path, *, tensorboard: bool, start_step: int = 0, enabled: bool = True) -> None:
+        self._file, self._writer = None, None
+        if not enabled:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        kept = [row for row in read_metrics(self._path) if row["step"] < start_step]
+        write_text_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._writer = _summary_writer(directory / "tensorboard", start_step) if tensorboard else None
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line; keys read `area/name`. A value that is not finite is written as null."""
+        if self._file is None:
+            return
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        row |= {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no file. A torn last line is passed over."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class Stopwatch:
+    """Adds up the seconds spent in named phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a block."""
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+class Progress:
+    """A bar that names the stage and the time left, on a terminal; progress.json for `status` always.
+
+    Disabled, as on all but the main process, it shows and writes nothing.
+    """
+
+    def __init__(
+        self, directory: Path, stage: str, total: int, unit: str, *, done: int = 0, enabled: bool = True
+    ) -> None:
+        self._enabled = enabled
+        self._path = directory / "progress.json"
+        self._stage, self._total, self._unit = stage, total, unit
+        self._first, self._done, self._started, self._written = done, done, time.monotonic(), -math.inf
+        self._shown: dict[str, float] = {}
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=stage,
+            unit=f" {unit}",
+            disable=not (enabled and sys.stderr.isatty()),
+            dynamic_ncols=True,
+            bar_format=BAR,
+        )
+
+    def __enter__(self) -> Progress:
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def update(self, done: int, **shown: float) -> None:
+        """State how many units are done, and numbers worth a look."""
+        self._bar.update(done - self._done)
+        self._done = done
+        if shown:
+            self._shown = shown
+            self._bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
+        if time.monotonic() - self._written > PROGRESS_SECONDS:
+            self._write()
+
+    def close(self) -> None:
+        """Remove the bar and write the last state."""
+        self._bar.close()
+        self._write()
+
+    def _write(self) -> None:
+        if not self._enabled:
+            return
+        self._written = time.monotonic()
+        made, elapsed = self._done - self._first, time.monotonic() - self._started
+        left = elapsed / made * (self._total - self._done) if made else None
+        state = {
+            "stage": self._stage,
+            "done": self._done,
+            "total": self._total,
+            "unit": self._unit,
+            "seconds_left": None if left is None else round(left, 1),
+            "updated": round(time.time(), 1),
+            "shown": self._shown,
+        }
+        write_text_atomically(self._path, json.dumps(state))
+
+
+def _summary_writer(directory: Path, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=start_step or None)

@@ -1,0 +1,63 @@
+"""Seeds, devices and stopping."""
+
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.config import RuntimeConfig
+from rlhf.errors import ConfigError, StopRequested
+from rlhf.runtime import StopSignal, choose_device, generator, seed_everything, torch_dtype
+
+
+def test_a_seed_fixes_every_source_of_chance() -> None:
+    draws = []
+    for _ in range(2):
+        seed_everything(3)
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+
+
+def test_streams_are_reproducible_and_distinct() -> None:
+    def draw(*parts: int) -> float:
+        return torch.rand(1, generator=generator(*parts), dtype=torch.float64).item()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({draw(1, 2, 3), draw(1, 2, 4), draw(1, 3, 2), draw(2, 2, 3), draw(1, 2)}) == 5
+
+
+def test_cuda_where_there_is_none_is_refused() -> None:
+    if torch.cuda.is_available():
+        assert choose_device(RuntimeConfig(device="auto")).type == "cuda"
+        return
+    with pytest.raises(ConfigError, match=r"runtime\.device=cuda, but no CUDA device is visible"):
+        choose_device(RuntimeConfig(device="cuda"))
+    assert choose_device(RuntimeConfig(device="auto")).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_precisions(name: str, dtype: torch.dtype) -> None:
+    assert torch_dtype(name) is dtype
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered_and_a_second_changes_nothing(number: signal.Signals) -> None:
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    stop = StopSignal()
+    stop.install()
+    try:
+        stop.check()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        with pytest.raises(StopRequested, match="run the same command again") as caught:
+            stop.check()
+        assert caught.value.exit_code == 75
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

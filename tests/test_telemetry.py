@@ -1,0 +1,101 @@
+"""Logs, progress and metrics."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.telemetry import JsonFormatter, Metrics, Progress, Stopwatch, read_metrics
+from tests.conftest import REPOSITORY
+
+
+def test_metrics_are_one_object_a_line(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics.log(1, {"ppo/kl": 0.5, "ppo/reward": float("nan")})
+    metrics.close()
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["ppo/kl"], row["ppo/reward"]) == (1, 0.5, None)
+
+
+def test_a_continued_run_has_neither_gaps_nor_doubles(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, tensorboard=False)
+    for step in range(1, 6):
+        metrics.log(step, {"a": step})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "ti')  # a process killed while it wrote
+    metrics = Metrics(tmp_path, tensorboard=False, start_step=4)
+    for step in range(4, 7):
+        metrics.log(step, {"a": 10 * step})
+    metrics.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["a"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
+
+
+def test_disabled_metrics_and_progress_write_nothing(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "m", tensorboard=True, enabled=False)
+    metrics.log(1, {"a": 1})
+    metrics.close()
+    with Progress(tmp_path / "m", "sft", 2, "steps", enabled=False) as progress:
+        progress.update(1)
+    assert not (tmp_path / "m").exists()
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(tmp_path, tensorboard=True)
+    metrics.log(3, {"ppo/kl": 0.25})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (scalar,) = events.Scalars("ppo/kl")
+    assert (scalar.step, scalar.value) == (3, 0.25)
+
+
+def test_progress_is_left_for_status(tmp_path: Path) -> None:
+    with Progress(tmp_path, "sft", 10, "steps") as progress:
+        assert json.loads((tmp_path / "progress.json").read_text())["done"] == 0
+        progress.update(4, loss=2.5)
+    state = json.loads((tmp_path / "progress.json").read_text())
+    assert (state["stage"], state["done"], state["total"], state["shown"]) == ("sft", 4, 10, {"loss": 2.5})
+    assert state["seconds_left"] >= 0
+
+
+def test_the_stopwatch_adds_up() -> None:
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch("score"):
+            pass
+    assert list(watch.seconds) == ["score"]
+    assert watch.seconds["score"] > 0
+
+
+def test_logs_are_json_away_from_a_terminal() -> None:
+    code = (
+        "import logging\nfrom rlhf.telemetry import configure_logging\nconfigure_logging()\n"
+        "logging.getLogger('rlhf.x').info('saved step=%d', 4)\nlogging.getLogger('other').info('noise')"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    (line,) = answer.stderr.splitlines()
+    fact = json.loads(line)
+    assert (fact["level"], fact["logger"], fact["message"]) == ("INFO", "rlhf.x", "saved step=4")
+
+
+def test_a_traceback_stays_in_its_line() -> None:
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        record = logging.LogRecord("rlhf", logging.ERROR, "f", 1, "failed", None, sys.exc_info())
+    fact = json.loads(JsonFormatter().format(record))
+    assert "ValueError: wrong" in fact["traceback"]
+
+
+@pytest.mark.parametrize("text", ["", "not json\n"])
+def test_unreadable_metrics_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "absent.jsonl") == []
