@@ -81,6 +81,7 @@ class TinyModelConfig(Section):
     heads: int = setting(4, "attention heads", ge=1)
     rotary_dim: int = setting(16, "rotary dimensions of a head", ge=2)
     vocab_size: int = setting(1024, "entries of the byte-level BPE trained on the train split", ge=260)
+    initializer_range: float = setting(0.02, "standard deviation of the first random weights", gt=0)
 
     @model_validator(mode="after")
     def _shape_fits(self) -> TinyModelConfig:

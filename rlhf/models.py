@@ -231,7 +231,7 @@ def _load(
     """The model, the weights that its files lack (transformers makes those up) and the unused ones."""
     attention = {"attn_implementation": "eager"} if config.model_type == "gptj" else {}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = auto_class.from_pretrained(
                 path,
                 config=config,
@@ -258,7 +258,7 @@ def _require_all_weights(path: str | Path, missing: set[str], kind: str) -> None
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hold back its report on absent weights, which we check ourselves, and its progress bar."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

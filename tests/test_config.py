@@ -75,7 +75,7 @@ def test_overrides_change_single_keys() -> None:
         ("runtime.precision=fp8", r"runtime\.precision='fp8'"),
         ("seed", r"--set 'seed' is not of the form key\.path=value"),
         ("seed=[1", r"--set seed: '\[1' is not a YAML value"),
-        ("seed.of=1", r"--set seed\.of: seed holds a value, not keys"),
+        ("synthetic.train_posts.of=1", r"--set synthetic\.train_posts\.of: train_posts holds a value, not keys"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(override: str, message: str) -> None:

@@ -1,0 +1,1 @@
+"""A program a stage: `fetch`, `sft`, `reward`, `prepare`, `ppo`, `evaluate`. A stage never imports a stage."""

@@ -1,0 +1,358 @@
+"""The demo's world: posts with known facts, writers with bad habits, judges who err.
+
+A post states four or five facts, each in one of several wordings and in any order, amid small talk and sentences
+that name other people, days or prices; now and then an edit repeats a fact. Its reference summary is one of three
+writers': the chatty one opens and closes with words about nothing and leaves half the facts out, the hasty one
+stops early, the careful one states all; each mistakes a fact at times. Judges compare summaries by `gold_score` and
+err at a known rate. Everything is drawn from one seed.
+
+What only evaluation may see is in `extra`: a post's `facts`; a comparison's `gold_chosen`, `gold_rejected` and
+`flipped`, which says that the judge erred.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf.config import SyntheticConfig
+from rlhf.data import Comparison, Example
+from rlhf.prompt import Post
+
+SOURCE = "synthetic"
+FREE_WORDS_PER_FACT = 4
+WORST_SCORE = -100.0
+_CORE = ("who", "thing")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A kind of fact: its values, and how posts state them, posts mislead about them and summaries claim them."""
+
+    values: tuple[str, ...]
+    statements: tuple[str, ...]
+    decoys: tuple[str, ...]
+    claims: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A habit of summarising; the facts stated are all where `facts` is None, else one of these numbers."""
+
+    share: float
+    facts: tuple[int, ...] | None
+    opens: float
+    closes: float
+    mistakes: float
+
+
+@dataclass(frozen=True)
+class Story:
+    """A post, its facts by slot, and the misleading values it also names."""
+
+    post: Post
+    facts: dict[str, str]
+    decoys: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SyntheticData:
+    """Posts with reference summaries for train, valid and test; comparisons for train and valid."""
+
+    posts: dict[str, list[Example]]
+    comparisons: dict[str, list[Comparison]]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+SLOTS = {
+    "who": Slot(
+        values=_words(
+            "roommate brother sister boss neighbor cousin girlfriend boyfriend uncle landlord coworker teacher"
+        ),
+        statements=(
+            "the problem is my {}.",
+            "it all started because of my {}.",
+            "i got into a fight with my {}.",
+            "this is about my {}.",
+        ),
+        decoys=("my {} stayed out of it.", "my {} has a new job.", "luckily my {} was away."),
+        claims=("trouble with my {}", "fight with my {}", "my {} is the problem"),
+    ),
+    "thing": Slot(
+        values=_words("laptop phone car bike guitar camera couch jacket wallet ring kayak piano"),
+        statements=(
+            "it was over a {}.",
+            "the {} got broken.",
+            "we were arguing about the {}.",
+            "i never got the {} back.",
+        ),
+        decoys=("my old {} still works fine.", "i also bought a {} last year.", "i do not care about my {}."),
+        claims=("over a {}", "about the {}"),
+    ),
+    "place": Slot(
+        values=_words("boston chicago denver dallas austin miami seattle portland london paris"),
+        statements=("it happened in {}.", "we were in {} when it happened.", "this was back in {}."),
+        decoys=("i grew up in {}.", "my mom lives in {}.", "i once drove to {}."),
+        claims=("in {}", "back in {}"),
+    ),
+    "day": Slot(
+        values=_words("monday tuesday wednesday thursday friday saturday sunday"),
+        statements=("it happened on {}.", "this was on {}.", "on {} it finally blew up."),
+        decoys=("i work every {}.", "the weather was nice last {}.", "i have an exam next {}."),
+        claims=("on {}", "that {}"),
+    ),
+    "cost": Slot(
+        values=_words("40 60 80 90 150 200 300 500 700 900"),
+        statements=("it cost me {} dollars.", "i am out {} dollars now.", "fixing it took {} dollars."),
+        decoys=("i make {} dollars a week.", "rent here is {} dollars.", "i once won {} dollars."),
+        claims=("lost {} dollars", "out {} dollars"),
+    ),
+    "feeling": Slot(
+        values=_words("angry sad scared ashamed confused guilty jealous tired lonely hurt worried bitter"),
+        statements=("now i feel {}.", "i am so {} about it.", "honestly it left me {}."),
+        decoys=("my dog looked {}.", "my mom is always {}.", "her kids were {} too."),
+        claims=("feeling {}", "now {}"),
+    ),
+    "plan": Slot(
+        values=_words("leave wait apologize sue quit forgive complain move argue talk"),
+        statements=("should i {}?", "part of me wants to {}.", "do you think i should {}?"),
+        decoys=("my dad told me not to {}.", "some people just {}.", "i would never {}."),
+        claims=("should i {}", "thinking i might {}"),
+    ),
+}
+SMALL_TALK = (
+    "sorry for the long post.",
+    "throwaway because friends use this site.",
+    "i do not know where to begin.",
+    "anyway here we are.",
+    "thanks for reading.",
+    "english is not my first language.",
+    "i hope this makes sense.",
+)
+OPENINGS = (
+    "so this is a long story but",
+    "so sorry ahead of time for the rant but",
+    "so i am not sure where to start but",
+)
+CLOSINGS = (
+    "anyway any advice would really help me out",
+    "anyway thanks so much for reading all of this",
+    "anyway i know it sounds silly but it matters",
+)
+TITLES = (
+    "trouble with my {who}",
+    "my {who} and the {thing}",
+    "what to do about my {who}",
+    "need advice about a {thing}",
+    "long story about a {thing}",
+)
+SUBREDDITS = {
+    "legaladvice": ("roommate", "landlord", "neighbor"),
+    "jobs": ("boss", "coworker", "teacher"),
+    "family": ("brother", "sister", "cousin", "uncle"),
+    "relationships": ("girlfriend", "boyfriend"),
+}
+WRITERS = (
+    Writer(share=0.45, facts=(2, 2, 3), opens=0.92, closes=0.85, mistakes=0.12),
+    Writer(share=0.25, facts=(1, 2, 3), opens=0.0, closes=0.0, mistakes=0.12),
+    Writer(share=0.30, facts=None, opens=0.0, closes=0.0, mistakes=0.02),
+)
+_SHARES = [writer.share for writer in WRITERS]
+_CANDIDATES = {
+    "writer": 0.40,
+    "swapped": 0.18,
+    "complete": 0.15,
+    "omitted": 0.12,
+    "invented": 0.06,
+    "repeated": 0.05,
+    "scrap": 0.04,
+}
+
+
+def _claim_pattern(slot: Slot) -> re.Pattern[str]:
+    values = "|".join(slot.values)
+    wordings = (re.escape(claim).replace(r"\{\}", f"({values})") for claim in slot.claims)
+    return re.compile("|".join(rf"\b{wording}\b" for wording in wordings))
+
+
+_CLAIM_PATTERNS = {name: _claim_pattern(slot) for name, slot in SLOTS.items()}
+
+
+def generate(config: SyntheticConfig, *, seed: int) -> SyntheticData:
+    """Draw all posts, reference summaries and comparisons; the same seed gives the same data.
+
+    No two posts are the same, within a split or across splits. The training comparisons are about training
+    posts, the held-out ones about validation posts, which neither SFT nor the reward model learns from.
+    """
+    rng = random.Random(f"synthetic {seed}")
+    stories = _distinct_stories(rng)
+    sizes = {"train": config.train_posts, "valid": config.valid_posts, "test": config.test_posts}
+    by_split = {split: [next(stories) for _ in range(size)] for split, size in sizes.items()}
+    pairs = {"train": config.train_comparisons, "valid": config.valid_comparisons}
+    return SyntheticData(
+        posts={split: [_example(rng, story) for story in group] for split, group in by_split.items()},
+        comparisons={
+            split: [_comparison(rng, rng.choice(by_split[split]), config.judge_error_rate) for _ in range(count)]
+            for split, count in pairs.items()
+        },
+    )
+
+
+def gold_score(facts: Mapping[str, str], summary: str) -> float:
+    """How good a summary is, in points: 100 states every fact briefly, 0 tells nothing, -100 is the floor.
+
+    The share of facts stated, less the share of false claims, in percent; less 1 for each word beyond four a stated
+    fact. A claim is one of the wordings in `SLOTS` around one of the slot's values; it is false when the post states
+    no such fact or another value, and when it repeats a claim. Any text has a score.
+    """
+    stated, false = count_claims(facts, summary)
+    spare_words = max(0, len(summary.split()) - FREE_WORDS_PER_FACT * stated)
+    return max(WORST_SCORE, 100.0 * (stated - false) / len(facts) - spare_words)
+
+
+def count_claims(facts: Mapping[str, str], summary: str) -> tuple[int, int]:
+    """How many of the facts a summary states, and how many false or repeated claims it makes."""
+    claims = list(_claims(summary))
+    stated = {slot for slot, value in claims if facts.get(slot) == value}
+    return len(stated), len(claims) - len(stated)
+
+
+def _claims(summary: str) -> Iterator[tuple[str, str]]:
+    """Each clause that claims something: its slot and the value it gives."""
+    text = summary.lower()
+    for name, pattern in _CLAIM_PATTERNS.items():
+        for match in pattern.finditer(text):
+            yield name, next(value for value in match.groups() if value is not None)
+
+
+def _distinct_stories(rng: random.Random) -> Iterator[Story]:
+    seen: set[str] = set()
+    while True:
+        story = _story(rng)
+        if story.post.id not in seen:
+            seen.add(story.post.id)
+            yield story
+
+
+def _story(rng: random.Random) -> Story:
+    others = [name for name in SLOTS if name not in _CORE]
+    chosen = {*_CORE, *rng.sample(others, rng.choice((2, 3)))}
+    facts = {name: rng.choice(slot.values) for name, slot in SLOTS.items() if name in chosen}
+    decoys = {name: _other_value(rng, name, facts) for name in rng.sample(list(SLOTS), rng.randint(1, 3))}
+    body = _body(rng, facts, decoys)
+    subreddit = next(name for name, people in SUBREDDITS.items() if facts["who"] in people)
+    title = rng.choice(TITLES).format(**facts)
+    return Story(post=Post(subreddit=subreddit, title=title, body=body), facts=facts, decoys=decoys)
+
+
+def _body(rng: random.Random, facts: dict[str, str], decoys: dict[str, str]) -> str:
+    """Statements, misleading sentences and small talk in any order; half the posts begin with the person."""
+    wordings = {name: rng.sample(SLOTS[name].statements, 2) for name in facts}
+    sentences = [wordings[name][0].format(value) for name, value in facts.items()]
+    sentences += [rng.choice(SLOTS[name].decoys).format(value) for name, value in decoys.items()]
+    first, rest = (sentences[:1], sentences[1:]) if rng.random() < 0.5 else ([], sentences)
+    rng.shuffle(rest)
+    sentences = first + rest
+    for talk in rng.sample(SMALL_TALK, rng.randint(0, 2)):
+        sentences.insert(rng.randint(0, len(sentences)), talk)
+    repeated = rng.sample([name for name in facts if name not in _CORE], rng.randint(0, 2))
+    if repeated:
+        sentences.append("edit:")
+        sentences += [wordings[name][1].format(facts[name]) for name in repeated]
+    return " ".join(sentences)
+
+
+def _other_value(rng: random.Random, slot: str, facts: Mapping[str, str]) -> str:
+    return rng.choice([value for value in SLOTS[slot].values if value != facts.get(slot)])
+
+
+def _example(rng: random.Random, story: Story) -> Example:
+    writer = rng.choices(WRITERS, _SHARES)[0]
+    return Example(
+        post=story.post, summary=_write(rng, story, writer), source=SOURCE, extra={"facts": dict(story.facts)}
+    )
+
+
+def _write(rng: random.Random, story: Story, writer: Writer) -> str:
+    """A summary in a writer's manner; a mistake usually falls for what the post says of something else."""
+    count = len(story.facts) if writer.facts is None else rng.choice(writer.facts)
+    stated = rng.sample(list(story.facts), count)
+    claimed = {}
+    for name, value in story.facts.items():
+        if name in stated:
+            claimed[name] = _mistaken(rng, story, name) if rng.random() < writer.mistakes else value
+    opens, closes = rng.random() < writer.opens, rng.random() < writer.closes
+    return _assemble(rng, list(claimed.items()), opens=opens, closes=closes)
+
+
+def _mistaken(rng: random.Random, story: Story, slot: str) -> str:
+    if slot in story.decoys and rng.random() < 0.8:
+        return story.decoys[slot]
+    return _other_value(rng, slot, story.facts)
+
+
+def _assemble(rng: random.Random, claims: Sequence[tuple[str, str]], *, opens: bool, closes: bool) -> str:
+    clauses = [rng.choice(SLOTS[name].claims).format(value) for name, value in claims]
+    if closes:
+        clauses.append(rng.choice(CLOSINGS))
+    text = ", ".join(clauses)
+    return f"{rng.choice(OPENINGS)} {text}." if opens else f"{text}."
+
+
+def _candidate(rng: random.Random, story: Story) -> tuple[str, str]:
+    """A summary to be judged, and whether a writer wrote it or it was altered.
+
+    The altered ones are what a policy under optimisation may try: every fact but some wrong, facts that the post
+    does not state, repetition, next to nothing.
+    """
+    kind = rng.choices(list(_CANDIDATES), list(_CANDIDATES.values()))[0]
+    if kind == "writer":
+        return _write(rng, story, rng.choices(WRITERS, _SHARES)[0]), "writers"
+    claims = list(story.facts.items())
+    if kind == "swapped":
+        for position in rng.sample(range(len(claims)), rng.choice((1, 1, 2))):
+            claims[position] = (claims[position][0], _mistaken(rng, story, claims[position][0]))
+    elif kind == "omitted":
+        del claims[rng.randrange(len(claims))]
+    elif kind == "invented":
+        absent = [name for name in SLOTS if name not in story.facts]
+        for name in rng.sample(absent, rng.choice((1, 2))):
+            claims.append((name, _mistaken(rng, story, name)))
+        claims.sort(key=lambda claim: list(SLOTS).index(claim[0]))
+    elif kind == "repeated":
+        claims += rng.choices(claims, k=rng.choice((1, 2, 4)))
+    elif kind == "scrap":
+        claims = rng.sample(claims, rng.choice((0, 1)))
+    return _assemble(rng, claims, opens=rng.random() < 0.1, closes=rng.random() < 0.15), "altered"
+
+
+def _comparison(rng: random.Random, story: Story, error_rate: float) -> Comparison:
+    """Two summaries of different gold scores, the better one chosen unless the judge errs."""
+    better, worse = _unequal_candidates(rng, story)
+    flipped = rng.random() < error_rate
+    chosen, rejected = (worse, better) if flipped else (better, worse)
+    kinds = {chosen[1], rejected[1]}
+    return Comparison(
+        post=story.post,
+        chosen=chosen[0],
+        rejected=rejected[0],
+        source=f"{SOURCE}-{kinds.pop() if len(kinds) == 1 else 'mixed'}",
+        extra={
+            "gold_chosen": gold_score(story.facts, chosen[0]),
+            "gold_rejected": gold_score(story.facts, rejected[0]),
+            "flipped": flipped,
+        },
+    )
+
+
+def _unequal_candidates(rng: random.Random, story: Story) -> tuple[tuple[str, str], tuple[str, str]]:
+    while True:
+        first, second = _candidate(rng, story), _candidate(rng, story)
+        first_gold, second_gold = gold_score(story.facts, first[0]), gold_score(story.facts, second[0])
+        if first_gold != second_gold:
+            return (first, second) if first_gold > second_gold else (second, first)
