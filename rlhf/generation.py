@@ -1,0 +1,244 @@
+"""Sampling token ids from a causal LM: the interface, and our own engine.
+
+The engine runs any causal LM of transformers: one left-padded pass over the prompts, then one token a step
+over the key/value cache. Ids go in and ids come out; nothing is decoded on the way.
+
+Shapes: B prompts, A rows still in the batch, P prompt columns (left-padded), T columns seen so far,
+R response columns (right-padded), V vocabulary. Masks are True where a token counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.errors import RlhfError
+from rlhf.models import position_ids
+from rlhf.sampling import Sampling, choose_tokens, chosen_logprobs
+from rlhf.sequences import check_sequences
+
+STEPS_BETWEEN_CHECKS = 8
+"""On an accelerator, asking whether all rows have ended waits for it; so it is asked this seldom there."""
+
+
+@dataclass
+class Generation:
+    """Responses side by side, in the order of the prompts; R is the longest one's length.
+
+    response_BR: int64, pad where masked. response_mask_BR: bool, EOS included. logprobs_BR: float32, of the
+    full softmax at the sampling temperature (greedy: at 1), 0 where masked. ended_B: whether EOS came.
+    """
+
+    response_BR: Tensor
+    response_mask_BR: Tensor
+    logprobs_BR: Tensor
+    ended_B: Tensor
+
+
+class Engine(Protocol):
+    """Whatever can write responses and take new weights."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Generation:
+        """A response to each prompt, all in one batch. Without a generator, torch's own is used."""
+        ...
+
+    def sync(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take over the policy's weights."""
+        ...
+
+
+class BuiltinEngine:
+    """Runs the model it is given, where it is and in its own precision; it may be in training meanwhile.
+
+    An engine that shares its model with a trainer sees every optimiser step and needs no `sync`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, eos_id: int, pad_id: int) -> None:
+        self._model = model
+        self._eos_id = eos_id
+        self._pad_id = pad_id
+
+    # no_grad, not inference_mode: what comes out is used in training, which inference tensors refuse.
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Generation:
+        """A response to each prompt, all in one batch, on the model's device.
+
+        Greedy, a prompt's response does not depend on the other prompts; sampled, the same generator state
+        and prompts give the same responses. Raises ValueError for prompts that the model cannot take and
+        RlhfError when its log-probabilities are not finite.
+        """
+        if len(prompts) == 0:
+            raise ValueError("no prompts: give at least one")
+        check_sequences(prompts, self._model, kind="prompt", room=sampling.max_new_tokens)
+        device, shape_BR = self._model.device, (len(prompts), sampling.max_new_tokens)
+        response_BR = torch.full(shape_BR, self._pad_id, device=device)
+        mask_BR = torch.zeros(shape_BR, dtype=torch.bool, device=device)
+        logprobs_BR = torch.zeros(shape_BR, device=device)
+        chances_BR = _chances(shape_BR, generator).to(device)
+        check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS
+
+        rows_A = torch.arange(len(prompts), device=device)
+        alive_A = torch.ones_like(rows_A, dtype=torch.bool)
+        with _evaluating(self._model):
+            decoder = _Decoder(self._model, *left_pad(prompts, self._pad_id))
+            for step in range(sampling.max_new_tokens):
+                logits_AV = decoder.logits()
+                blocked = self._eos_id if step < sampling.min_new_tokens else None
+                tokens_A = choose_tokens(logits_AV, sampling, chances_BR[rows_A, step], blocked=blocked)
+                mask_BR[rows_A, step] = alive_A
+                response_BR[rows_A, step] = tokens_A.where(alive_A, self._pad_id)
+                logprobs_BR[rows_A, step] = chosen_logprobs(logits_AV, tokens_A, sampling).where(alive_A, 0.0)
+                alive_A = alive_A & (tokens_A != self._eos_id)
+                decoder.append(tokens_A)
+                if (step + 1) % check_every:
+                    continue
+                kept = int(alive_A.sum())
+                if kept == 0:
+                    break
+                if 2 * kept <= len(rows_A):
+                    indices_A = alive_A.nonzero().squeeze(1)
+                    decoder.keep(indices_A)
+                    rows_A, alive_A = rows_A[indices_A], alive_A[indices_A]
+
+        return _generation(response_BR, mask_BR, logprobs_BR, eos_id=self._eos_id)
+
+    def sync(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy the policy's weights into the model. Raises RuntimeError naming those that do not fit."""
+        self._model.load_state_dict(state_dict)
+
+
+class _Decoder:
+    """A batch on its way through the model: what is to be fed next, and the cache of what was."""
+
+    def __init__(self, model: PreTrainedModel, ids_AP: Tensor, mask_AP: Tensor) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        self._ids_AT = ids_AP.to(model.device)
+        self._mask_AT = mask_AP.to(model.device).long()
+        self._positions_AT = position_ids(self._mask_AT)
+
+    def logits(self) -> Tensor:
+        """float32 logits of each row's next token."""
+        output = self._model(
+            input_ids=self._ids_AT,
+            attention_mask=self._mask_AT,
+            position_ids=self._positions_AT,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def append(self, tokens_A: Tensor) -> None:
+        """Feed these tokens next."""
+        self._ids_AT = tokens_A[:, None]
+        self._mask_AT = torch.cat([self._mask_AT, torch.ones_like(self._ids_AT)], dim=1)
+        self._positions_AT = self._positions_AT[:, -1:] + 1
+
+    def keep(self, indices_A: Tensor) -> None:
+        """Go on with these rows only."""
+        self._ids_AT, self._mask_AT = self._ids_AT[indices_A], self._mask_AT[indices_A]
+        self._positions_AT = self._positions_AT[indices_A]
+        self._cache.batch_select_indices(indices_A)
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """Responses as lists of ids, EOS included, and whether each ended by EOS; in the order of the prompts."""
+
+    responses: list[list[int]]
+    ended: list[bool]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Average length, EOS included."""
+        return sum(map(len, self.responses)) / len(self.responses)
+
+    @property
+    def ended_fraction(self) -> float:
+        """Share that ended by EOS."""
+        return sum(self.ended) / len(self.ended)
+
+
+def summarize(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Summaries:
+    """Responses to any number of prompts, in their order; prompts of like length share a batch.
+
+    on_progress hears after each batch how many prompts are done.
+    """
+    # The longest first: a batch that does not fit into memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    responses: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        generation = engine.generate([prompts[index] for index in chunk], sampling, generator=generator)
+        lengths_B = generation.response_mask_BR.sum(dim=1).tolist()
+        ids_BR, ended_B = generation.response_BR.tolist(), generation.ended_B.tolist()
+        for row, index in enumerate(chunk):
+            responses[index], ended[index] = ids_BR[row][: lengths_B[row]], ended_B[row]
+        if on_progress is not None:
+            on_progress(start + len(chunk))
+    return Summaries(responses, ended)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts side by side, their ends aligned: ids_BP (int64) and mask_BP (bool), on the CPU."""
+    width = max(map(len, prompts))
+    ids_BP = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    starts_B = torch.tensor([width - len(prompt) for prompt in prompts])
+    return ids_BP, torch.arange(width) >= starts_B[:, None]
+
+
+def _generation(response_BR: Tensor, mask_BR: Tensor, logprobs_BR: Tensor, *, eos_id: int) -> Generation:
+    """Cut to the longest response; RlhfError when a log-probability is not finite."""
+    if not bool(logprobs_BR.isfinite().all()):
+        raise RlhfError("the policy's log-probabilities are not finite; lower the learning rate or use float32")
+    longest = int(mask_BR.sum(dim=1).max())
+    ended_B = ((response_BR == eos_id) & mask_BR).any(dim=1)
+    return Generation(response_BR[:, :longest], mask_BR[:, :longest], logprobs_BR[:, :longest], ended_B)
+
+
+def _chances(shape_BR: tuple[int, int], generator: torch.Generator | None) -> Tensor:
+    """One uniform number a token, all drawn beforehand.
+
+    What a row samples then depends on its own numbers, not on which other rows have ended.
+    """
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(shape_BR, generator=generator, device=device, dtype=torch.float64)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the while: in training mode, gradient checkpointing would switch the cache off."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

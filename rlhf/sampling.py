@@ -1,0 +1,81 @@
+"""How the next token is chosen from logits, and what is said of its probability.
+
+Shapes: A rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    temperature 0 is greedy. top_k (0: off) and top_p (1: off) narrow what may be sampled, and
+    min_new_tokens keeps EOS out of the first tokens; none of the three changes the log-probabilities.
+    Raises ValueError for values that make no sense.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    min_new_tokens: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} leaves nothing to generate; give 1 or more")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is not between 0 and max_new_tokens={self.max_new_tokens}"
+            )
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature} is not a number from 0 (greedy) up")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is negative; give 0 to switch it off")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not above 0 and at most 1; give 1 to switch it off")
+
+
+def choose_tokens(logits_AV: Tensor, sampling: Sampling, chances_A: Tensor, *, blocked: int | None = None) -> Tensor:
+    """The next token of each row: the likeliest, or the one at which the distribution function passes its chance.
+
+    chances_A is uniform on [0, 1), float64. The token id `blocked` is never chosen.
+    """
+    if blocked is not None:
+        logits_AV = logits_AV.clone()
+        logits_AV[:, blocked] = -torch.inf
+    if sampling.temperature == 0:
+        return logits_AV.argmax(dim=-1)
+    logits_AV = _narrow(logits_AV / sampling.temperature, sampling)
+    # In float64, so that rare tokens of a large vocabulary keep their share of the sum.
+    cumulative_AV = logits_AV.double().softmax(dim=-1).cumsum(dim=-1)
+    # Below the total, since a chance is at most 1 - 2^-53; so no token of probability 0 is hit at either end.
+    targets_A = chances_A * cumulative_AV[:, -1]
+    tokens_A = torch.searchsorted(cumulative_AV, targets_A[:, None], right=True).squeeze(1)
+    return tokens_A.clamp(max=logits_AV.shape[-1] - 1)  # NaN logits are reported at the end, not by a crash here
+
+
+def _narrow(logits_AV: Tensor, sampling: Sampling) -> Tensor:
+    """Put what top_k and top_p exclude to -inf. Ties with the k-th likeliest token stay in."""
+    if 0 < sampling.top_k < logits_AV.shape[-1]:
+        least_A1 = logits_AV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_AV = logits_AV.masked_fill(logits_AV < least_A1, -torch.inf)
+    if sampling.top_p < 1:
+        sorted_AV, order_AV = logits_AV.sort(dim=-1, descending=True)
+        probabilities_AV = sorted_AV.softmax(dim=-1)
+        likelier_AV = probabilities_AV.cumsum(dim=-1) - probabilities_AV
+        excluded_AV = (likelier_AV >= sampling.top_p).scatter(1, order_AV, likelier_AV >= sampling.top_p)
+        logits_AV = logits_AV.masked_fill(excluded_AV, -torch.inf)
+    return logits_AV
+
+
+def chosen_logprobs(logits_AV: Tensor, tokens_A: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities of tokens_A under the full softmax, whatever was excluded from sampling."""
+    logprobs_AV = (logits_AV / (sampling.temperature or 1.0)).log_softmax(dim=-1)
+    return logprobs_AV.gather(1, tokens_A[:, None]).squeeze(1)

@@ -1,0 +1,228 @@
+"""SFT on a tiny run: what is published, and that seeds, stops and restarts change no bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.checkpoint import StageDir
+from rlhf.collate import EncodedExample, ExampleCollator, LengthGroupedSampler, token_ids
+from rlhf.config import SftConfig
+from rlhf.errors import ConfigError, StopRequested
+from rlhf.models import load_policy
+from rlhf.runtime import StopSignal
+from rlhf.stages import sft
+from rlhf.telemetry import read_metrics
+from rlhf.trainer import StageCallback, plan_training
+from tests.tiny_run import fetched_run, tiny_config
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose SFT went through two epochs, 14 steps, without a stop."""
+    run_dir = fetched_run(tmp_path_factory.mktemp("finished"))
+    torch.set_num_threads(1)
+    sft.run(tiny_config(sft={"epochs": 2, "eval_every_steps": 5, "save_every_steps": 4}), run_dir, StopSignal())
+    return run_dir
+
+
+def test_it_learns_and_writes_its_metrics(finished):
+    rows = read_metrics(finished / "sft" / "metrics.jsonl")
+    losses = {row["step"]: row["sft/loss"] for row in rows if "sft/loss" in row}
+    assert sorted(losses) == list(range(1, 15))
+    # Random weights spread over 260 tokens: ln 260.
+    assert losses[1] == pytest.approx(5.56, abs=0.1)
+    assert losses[14] < 5
+    evaluated = [row for row in rows if "sft/eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [5, 10, 14]
+    assert {"sft/eval_rouge1", "sft/eval_rouge2", "sft/eval_rougeL"} <= evaluated[-1].keys()
+    assert {"sft/learning_rate", "sft/grad_norm", "sft/tokens_per_second"} <= rows[0].keys()
+    # Warm-up over 2 steps: 1/3 and 2/3 of the peak, then the peak.
+    assert [row["sft/learning_rate"] for row in rows[:3]] == pytest.approx([1e-3, 2e-3, 3e-3])
+
+
+def test_final_loads_in_transformers_alone_and_gives_the_same_logits(finished):
+    final = StageDir(finished, "sft").final()
+    program = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "ids = AutoTokenizer.from_pretrained(sys.argv[1])('TL;DR:', return_tensors='pt').input_ids\n"
+        "assert not any(name.split('.')[0] == 'rlhf' for name in sys.modules)\n"
+        "print(model.config.prompt_version, model.config.use_cache)\n"
+        "print(*model(ids).logits[0, -1].double().tolist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(final)], cwd="/", capture_output=True, text=True, check=True
+    )
+    facts, logits = done.stdout.splitlines()[-2:]
+    assert facts == "tldr-1 True"
+    ids = AutoTokenizer.from_pretrained(final)("TL;DR:", return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours = load_policy(final)(ids).logits[0, -1].double()
+    assert torch.allclose(ours, torch.tensor([float(x) for x in logits.split()], dtype=torch.float64), atol=1e-6)
+
+
+def test_final_holds_its_numbers_and_nothing_pickled(finished):
+    final = StageDir(finished, "sft").final()
+    metrics = json.loads((final / "metrics.json").read_text())
+    assert metrics["sft/eval_loss"] > 0
+    assert 0 <= metrics["sft/eval_rougeL"] <= 1
+    assert not [path.name for path in final.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+    assert not (finished / "sft" / "trainer").exists()
+    # keep_checkpoints is 2: the last checkpoint before the end, and the end.
+    assert [step for step, _ in StageDir(finished, "sft").steps()] == [12, 14]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
+    finals = {}
+    for name, seed in (("first", 1), ("second", 1), ("other", 2)):
+        run_dir = fetched_run(tmp_path / name)
+        config = tiny_config(sft={"max_steps": 3}).model_copy(update={"seed": seed})
+        sft.run(config, run_dir, StopSignal())
+        finals[name] = StageDir(run_dir, "sft").final()
+    assert_same_bits(finals["first"], finals["second"])
+    assert not torch.equal(weights(finals["first"])["lm_head.weight"], weights(finals["other"])["lm_head.weight"])
+
+
+@pytest.mark.parametrize("stop_at", [3, 7, 9, 14])
+def test_a_stopped_and_continued_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, finished, stop_at):
+    run_dir = fetched_run(tmp_path)
+    config = tiny_config(sft={"epochs": 2, "eval_every_steps": 5, "save_every_steps": 4})
+    stop = StopSignal()
+    on_step_end = StageCallback.on_step_end
+
+    def stop_here(self, args, state, control, **kwargs):
+        stop.requested = state.global_step >= stop_at
+        return on_step_end(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageCallback, "on_step_end", stop_here)
+        with pytest.raises(StopRequested, match=f"step {stop_at} of 14 is saved"):
+            sft.run(config, run_dir, stop)
+    stage = StageDir(run_dir, "sft")
+    assert stage.latest()[0] == stop_at
+    assert not stage.is_final()
+    # What a killed Trainer leaves behind is not resumed from.
+    (stage.path / "trainer" / "checkpoint-99").mkdir(parents=True)
+
+    sft.run(config, run_dir, StopSignal())
+    assert_same_bits(stage.final(), StageDir(finished, "sft").final())
+    steps = [row["step"] for row in read_metrics(stage.path / "metrics.jsonl") if "sft/loss" in row]
+    assert steps == list(range(1, 15))
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    finals, curves = [], []
+    for name, micro in (("whole", 4), ("parts", 1)):
+        run_dir = fetched_run(tmp_path / name)
+        sft.run(tiny_config(sft={"max_steps": 2, "micro_batch_size": micro}), run_dir, StopSignal())
+        finals.append(weights(StageDir(run_dir, "sft").final()))
+        rows = read_metrics(run_dir / "sft" / "metrics.jsonl")
+        # Adam and clipping hide a wrong scale from the weights; loss and gradient norm do not.
+        curves.append([row[key] for row in rows for key in ("sft/loss", "sft/grad_norm") if key in row])
+    assert len(curves[0]) == 4
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    for name, value in finals[0].items():
+        assert torch.allclose(value, finals[1][name], atol=2e-4), name
+
+
+def test_each_epoch_has_an_order_of_its_own_also_after_a_restart(tmp_path, monkeypatch):
+    epochs = []
+    in_order = LengthGroupedSampler.__iter__
+
+    def recorded(self):
+        epochs.append(self.epoch)
+        return in_order(self)
+
+    monkeypatch.setattr(LengthGroupedSampler, "__iter__", recorded)
+    run_dir, stop = fetched_run(tmp_path), StopSignal()
+    config = tiny_config(sft={"epochs": 3})
+    on_step_end = StageCallback.on_step_end
+
+    def stop_here(self, args, state, control, **kwargs):
+        stop.requested = state.global_step == 9
+        return on_step_end(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageCallback, "on_step_end", stop_here)
+        with pytest.raises(StopRequested):
+            sft.run(config, run_dir, stop)
+    assert epochs == [0, 1]
+    sft.run(config, run_dir, StopSignal())
+    # Seven steps an epoch: step 9 lies in the second, which is taken up again.
+    assert epochs == [0, 1, 1, 2]
+
+
+def test_loss_equals_that_of_transformers(tmp_path):
+    model = load_policy(StageDir(fetched_run(tmp_path), "fetch").final() / "base")
+    rows = [
+        EncodedExample(prompt=token_ids([5, 6, 7]), response=token_ids([8, 9, 256])),
+        EncodedExample(prompt=token_ids([10]), response=token_ids([11, 256])),
+    ]
+    batch = ExampleCollator(pad_id=257)(rows)
+    nll_B, tokens_B = sft.response_nll(model, batch)
+    theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    assert tokens_B.tolist() == [3, 2]
+    assert (nll_B.sum() / 5).item() == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_bfloat16_and_gradient_checkpointing_train_float32_weights(tmp_path):
+    run_dir = fetched_run(tmp_path)
+    config = tiny_config(
+        sft={"max_steps": 2, "gradient_checkpointing": True, "loss_on": "all"},
+        runtime={"device": "cpu", "precision": "bfloat16", "tensorboard": False},
+    )
+    sft.run(config, run_dir, StopSignal())
+    final = StageDir(run_dir, "sft").final()
+    assert {value.dtype for value in weights(final).values()} == {torch.float32}
+    assert AutoModelForCausalLM.from_pretrained(final).config.use_cache
+
+
+def test_steps_are_counted_over_epochs_and_accumulation():
+    section = SftConfig(batch_size=8, micro_batch_size=2, epochs=2.5)
+    plan = plan_training(section, name="sft", examples=42)
+    # 42 examples: 21 micro-batches, 6 steps an epoch, 15 in 2.5 epochs.
+    assert (plan.accumulation, plan.total_steps) == (4, 15)
+    assert plan_training(section.model_copy(update={"max_steps": 4}), name="sft", examples=42).total_steps == 4
+
+
+def test_processes_share_the_batch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    section = SftConfig(batch_size=16, micro_batch_size=2)
+    plan = plan_training(section, name="sft", examples=64)
+    assert (plan.accumulation, plan.total_steps) == (2, 4)
+
+
+def test_what_does_not_divide_is_refused_with_a_remedy(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"sft\.batch_size=16 .* 3 process\(es\); try sft\.batch_size=12"):
+        plan_training(SftConfig(batch_size=16, micro_batch_size=2), name="sft", examples=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft": {"deepspeed": "/nowhere/zero2.json"}}, r"sft\.deepspeed=/nowhere/zero2\.json: there is no such"),
+        ({"runtime": {"precision": "float16"}}, r"runtime\.precision=float16 trains on a GPU only"),
+        ({"sft": {"optimizer": {"learning_rate": 1e30}, "max_steps": 4}}, r"the loss is .*; lower sft\.optimizer"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_clear_line(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        sft.run(tiny_config(**changes), fetched_run(tmp_path), StopSignal())
