@@ -1,0 +1,84 @@
+"""Imports point down, as the architecture draws them; stages, presets and commands agree."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.__main__ import STAGE_HELP, build_parser
+from rlhf.pipeline import STAGE_NAMES, STAGES
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "rlhf"
+
+# A module may import from its own line and the lines above it.
+LAYERS = (
+    {"errors"},
+    {"config", "checkpoint"},
+    {"presets", "config_reference", "runtime", "telemetry", "schedule", "results"},
+    {"prompt", "losses", "advantages", "bootstrap", "calibration", "rouge", "charts", "pipeline"},
+    {"data", "tokenizer", "models", "environment", "status", "hub", "lengths"},
+    {"synthetic", "sources", "actor_critic", "collate", "base_model", "evaluation", "figures", "findings"},
+    {"intake", "report"},
+    {"curate"},
+    {"sampling", "sequences"},
+    {"generation", "scoring"},
+    {"rollout", "trainer", "likelihood", "preference"},
+    {"ppo_setup"},
+    {"stages"},
+    {"__main__"},
+)
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE / "stages").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this package that a file names, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("rlhf", "app"):
+            if node.module == "rlhf":
+                names |= {f"rlhf.{alias.name}" for alias in node.names}
+            else:
+                names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] in ("rlhf", "app")}
+    return names - {"rlhf.__version__"}
+
+
+def layer_of(module: str) -> int:
+    short = module.split(".")[1]
+    found = [number for number, layer in enumerate(LAYERS) if short in layer]
+    assert found, f"{module} has no place in tests/test_layers.py"
+    return found[0]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    if path.name == "__init__.py":
+        assert imported(path) == set()
+        return
+    here = layer_of(".".join(("rlhf", *path.relative_to(PACKAGE).with_suffix("").parts)))
+    above = {name for name in imported(path) if name.startswith("app") or layer_of(name) > here}
+    assert above == set()
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("*.py")), ids=lambda path: path.stem)
+def test_a_stage_never_imports_a_stage(path: Path) -> None:
+    assert [name for name in imported(path) if name.startswith("rlhf.stages")] == []
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, rlhf, rlhf.__main__, rlhf.config, rlhf.pipeline; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_stages_programs_and_commands_agree() -> None:
+    programs = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
+    assert set(STAGE_NAMES) == programs == set(STAGE_HELP)
+    for stage in STAGES:
+        assert build_parser().parse_args([stage.name]).stage == stage.name
