@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code tells a Job what happened (see docs/operations.md)."""
+    """Run a command; its exit code tells a Job what happened (the README lists them)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     try:
@@ -123,9 +123,10 @@ def command_stage(options: argparse.Namespace) -> int:
     from rlhf.pipeline import STAGES, run_stage
 
     config, run_dir = read_config(options), run_directory(options.runs_dir, options.run)
-    from rlhf.runtime import StopSignal
+    from rlhf.runtime import StopSignal, announce_device
     from rlhf.telemetry import configure_logging
 
+    announce_device()
     configure_logging(debug=options.debug)
     if options.stage != "fetch":
         # Later stages have all they need on the volume; a library that asks the Hub all the same must not hang.

@@ -74,7 +74,7 @@ def create_tiny_gptj(
         n_layer=shape.layers,
         n_head=shape.heads,
         rotary_dim=shape.rotary_dim,
-        initializer_range=0.02,
+        initializer_range=shape.initializer_range,
         tie_word_embeddings=False,
         bos_token_id=eos_id,
         eos_token_id=eos_id,

@@ -27,6 +27,12 @@ def prepare_runtime(config: RuntimeConfig, *, seed: int) -> torch.device:
     return choose_device(config)
 
 
+def announce_device() -> None:
+    """Tell DeepSpeed that there is no GPU; left to find out, it prints a warning on every start."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on every device."""
     random.seed(seed)
@@ -52,6 +58,27 @@ def choose_device(config: RuntimeConfig) -> torch.device:
 def torch_dtype(precision: str) -> torch.dtype:
     """`float32`, `bfloat16` or `float16` as torch names it."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def agreed(flag: bool) -> bool:
+    """Whether the flag is up on any process; the answer is the same on all."""
+    if not torch.distributed.is_initialized():
+        return flag
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    raised = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 class StopSignal:

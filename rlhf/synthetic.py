@@ -1,10 +1,10 @@
 """The demo's world: posts with known facts, writers with bad habits, judges who err.
 
 A post states four or five facts, each in one of several wordings and in any order, amid small talk and sentences
-that name other people, days or prices; now and then an edit repeats a fact. Its reference summary is one of three
-writers': the chatty one opens and closes with words about nothing and leaves half the facts out, the hasty one
-stops early, the careful one states all; each mistakes a fact at times. Judges compare summaries by `gold_score` and
-err at a known rate. Everything is drawn from one seed.
+that name other people, days or prices; often an edit answers what readers asked about it. Its reference summary is
+by one of three writers: the chatty one opens and closes with words about nothing and leaves half the facts out, the
+hasty one stops early, the careful one states all; each mistakes a fact at times. Judges compare summaries by
+`gold_score` and err at a known rate. Everything is drawn from one seed.
 
 What only evaluation may see is in `extra`: a post's `facts`; a comparison's `gold_chosen`, `gold_rejected` and
 `flipped`, which says that the judge erred.
@@ -58,6 +58,15 @@ class Story:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A summary to be judged; origin is `writers`, or `altered` for one made to be good or bad in a known way."""
+
+    summary: str
+    origin: str
+    gold: float
+
+
+@dataclass(frozen=True)
 class SyntheticData:
     """Posts with reference summaries for train, valid and test; comparisons for train and valid."""
 
@@ -71,9 +80,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 SLOTS = {
     "who": Slot(
-        values=_words(
-            "roommate brother sister boss neighbor cousin girlfriend boyfriend uncle landlord coworker teacher"
-        ),
+        values=_words("roommate brother sister boss neighbor cousin girlfriend boyfriend landlord coworker"),
         statements=(
             "the problem is my {}.",
             "it all started because of my {}.",
@@ -84,7 +91,7 @@ SLOTS = {
         claims=("trouble with my {}", "fight with my {}", "my {} is the problem"),
     ),
     "thing": Slot(
-        values=_words("laptop phone car bike guitar camera couch jacket wallet ring kayak piano"),
+        values=_words("laptop phone car bike guitar camera jacket wallet ring piano"),
         statements=(
             "it was over a {}.",
             "the {} got broken.",
@@ -95,7 +102,7 @@ SLOTS = {
         claims=("over a {}", "about the {}"),
     ),
     "place": Slot(
-        values=_words("boston chicago denver dallas austin miami seattle portland london paris"),
+        values=_words("boston chicago denver dallas austin miami london paris"),
         statements=("it happened in {}.", "we were in {} when it happened.", "this was back in {}."),
         decoys=("i grew up in {}.", "my mom lives in {}.", "i once drove to {}."),
         claims=("in {}", "back in {}"),
@@ -107,19 +114,19 @@ SLOTS = {
         claims=("on {}", "that {}"),
     ),
     "cost": Slot(
-        values=_words("40 60 80 90 150 200 300 500 700 900"),
+        values=_words("40 60 90 150 200 300 500 700"),
         statements=("it cost me {} dollars.", "i am out {} dollars now.", "fixing it took {} dollars."),
         decoys=("i make {} dollars a week.", "rent here is {} dollars.", "i once won {} dollars."),
         claims=("lost {} dollars", "out {} dollars"),
     ),
     "feeling": Slot(
-        values=_words("angry sad scared ashamed confused guilty jealous tired lonely hurt worried bitter"),
+        values=_words("angry sad scared ashamed confused guilty jealous lonely"),
         statements=("now i feel {}.", "i am so {} about it.", "honestly it left me {}."),
         decoys=("my dog looked {}.", "my mom is always {}.", "her kids were {} too."),
         claims=("feeling {}", "now {}"),
     ),
     "plan": Slot(
-        values=_words("leave wait apologize sue quit forgive complain move argue talk"),
+        values=_words("leave wait apologize sue quit forgive complain move"),
         statements=("should i {}?", "part of me wants to {}.", "do you think i should {}?"),
         decoys=("my dad told me not to {}.", "some people just {}.", "i would never {}."),
         claims=("should i {}", "thinking i might {}"),
@@ -153,8 +160,8 @@ TITLES = (
 )
 SUBREDDITS = {
     "legaladvice": ("roommate", "landlord", "neighbor"),
-    "jobs": ("boss", "coworker", "teacher"),
-    "family": ("brother", "sister", "cousin", "uncle"),
+    "jobs": ("boss", "coworker"),
+    "family": ("brother", "sister", "cousin"),
     "relationships": ("girlfriend", "boyfriend"),
 }
 WRITERS = (
@@ -164,12 +171,12 @@ WRITERS = (
 )
 _SHARES = [writer.share for writer in WRITERS]
 _CANDIDATES = {
-    "writer": 0.40,
-    "swapped": 0.18,
-    "complete": 0.15,
-    "omitted": 0.12,
-    "invented": 0.06,
-    "repeated": 0.05,
+    "writer": 0.55,
+    "swapped": 0.12,
+    "complete": 0.12,
+    "omitted": 0.08,
+    "invented": 0.05,
+    "repeated": 0.04,
     "scrap": 0.04,
 }
 
@@ -252,23 +259,38 @@ def _story(rng: random.Random) -> Story:
 
 def _body(rng: random.Random, facts: dict[str, str], decoys: dict[str, str]) -> str:
     """Statements, misleading sentences and small talk in any order; half the posts begin with the person."""
-    wordings = {name: rng.sample(SLOTS[name].statements, 2) for name in facts}
-    sentences = [wordings[name][0].format(value) for name, value in facts.items()]
+    sentences = [rng.choice(SLOTS[name].statements).format(value) for name, value in facts.items()]
     sentences += [rng.choice(SLOTS[name].decoys).format(value) for name, value in decoys.items()]
     first, rest = (sentences[:1], sentences[1:]) if rng.random() < 0.5 else ([], sentences)
     rng.shuffle(rest)
     sentences = first + rest
     for talk in rng.sample(SMALL_TALK, rng.randint(0, 2)):
         sentences.insert(rng.randint(0, len(sentences)), talk)
-    repeated = rng.sample([name for name in facts if name not in _CORE], rng.randint(0, 2))
-    if repeated:
+    asked = rng.sample(list(facts), rng.randint(0, 3))
+    if asked:
         sentences.append("edit:")
-        sentences += [wordings[name][1].format(facts[name]) for name in repeated]
+        sentences += [_answered_question(rng, name, facts, decoys) for name in asked]
     return " ".join(sentences)
+
+
+def _answered_question(rng: random.Random, slot: str, facts: Mapping[str, str], decoys: Mapping[str, str]) -> str:
+    """What readers asked, half the time about a wrong value: `in paris? no, back in boston.`"""
+    claims = SLOTS[slot].claims
+    if rng.random() < 0.5:
+        return f"{rng.choice(claims).format(facts[slot])}? yes."
+    wrong = _mistaken(rng, slot, facts, decoys)
+    return f"{rng.choice(claims).format(wrong)}? no, {rng.choice(claims).format(facts[slot])}."
 
 
 def _other_value(rng: random.Random, slot: str, facts: Mapping[str, str]) -> str:
     return rng.choice([value for value in SLOTS[slot].values if value != facts.get(slot)])
+
+
+def _mistaken(rng: random.Random, slot: str, facts: Mapping[str, str], decoys: Mapping[str, str]) -> str:
+    """A wrong value, half the time one that the post names of something else."""
+    if slot in decoys and rng.random() < 0.5:
+        return decoys[slot]
+    return _other_value(rng, slot, facts)
 
 
 def _example(rng: random.Random, story: Story) -> Example:
@@ -279,21 +301,15 @@ def _example(rng: random.Random, story: Story) -> Example:
 
 
 def _write(rng: random.Random, story: Story, writer: Writer) -> str:
-    """A summary in a writer's manner; a mistake usually falls for what the post says of something else."""
+    """A summary in a writer's manner."""
     count = len(story.facts) if writer.facts is None else rng.choice(writer.facts)
     stated = rng.sample(list(story.facts), count)
     claimed = {}
     for name, value in story.facts.items():
         if name in stated:
-            claimed[name] = _mistaken(rng, story, name) if rng.random() < writer.mistakes else value
+            claimed[name] = _mistaken(rng, name, story.facts, story.decoys) if rng.random() < writer.mistakes else value
     opens, closes = rng.random() < writer.opens, rng.random() < writer.closes
     return _assemble(rng, list(claimed.items()), opens=opens, closes=closes)
-
-
-def _mistaken(rng: random.Random, story: Story, slot: str) -> str:
-    if slot in story.decoys and rng.random() < 0.8:
-        return story.decoys[slot]
-    return _other_value(rng, slot, story.facts)
 
 
 def _assemble(rng: random.Random, claims: Sequence[tuple[str, str]], *, opens: bool, closes: bool) -> str:
@@ -304,55 +320,57 @@ def _assemble(rng: random.Random, claims: Sequence[tuple[str, str]], *, opens: b
     return f"{rng.choice(OPENINGS)} {text}." if opens else f"{text}."
 
 
-def _candidate(rng: random.Random, story: Story) -> tuple[str, str]:
-    """A summary to be judged, and whether a writer wrote it or it was altered.
-
-    The altered ones are what a policy under optimisation may try: every fact but some wrong, facts that the post
-    does not state, repetition, next to nothing.
-    """
-    kind = rng.choices(list(_CANDIDATES), list(_CANDIDATES.values()))[0]
-    if kind == "writer":
-        return _write(rng, story, rng.choices(WRITERS, _SHARES)[0]), "writers"
-    claims = list(story.facts.items())
-    if kind == "swapped":
-        for position in rng.sample(range(len(claims)), rng.choice((1, 1, 2))):
-            claims[position] = (claims[position][0], _mistaken(rng, story, claims[position][0]))
-    elif kind == "omitted":
-        del claims[rng.randrange(len(claims))]
-    elif kind == "invented":
-        absent = [name for name in SLOTS if name not in story.facts]
-        for name in rng.sample(absent, rng.choice((1, 2))):
-            claims.append((name, _mistaken(rng, story, name)))
-        claims.sort(key=lambda claim: list(SLOTS).index(claim[0]))
-    elif kind == "repeated":
-        claims += rng.choices(claims, k=rng.choice((1, 2, 4)))
-    elif kind == "scrap":
-        claims = rng.sample(claims, rng.choice((0, 1)))
-    return _assemble(rng, claims, opens=rng.random() < 0.1, closes=rng.random() < 0.15), "altered"
-
-
 def _comparison(rng: random.Random, story: Story, error_rate: float) -> Comparison:
     """Two summaries of different gold scores, the better one chosen unless the judge errs."""
     better, worse = _unequal_candidates(rng, story)
     flipped = rng.random() < error_rate
     chosen, rejected = (worse, better) if flipped else (better, worse)
-    kinds = {chosen[1], rejected[1]}
+    origins = {chosen.origin, rejected.origin}
     return Comparison(
         post=story.post,
-        chosen=chosen[0],
-        rejected=rejected[0],
-        source=f"{SOURCE}-{kinds.pop() if len(kinds) == 1 else 'mixed'}",
-        extra={
-            "gold_chosen": gold_score(story.facts, chosen[0]),
-            "gold_rejected": gold_score(story.facts, rejected[0]),
-            "flipped": flipped,
-        },
+        chosen=chosen.summary,
+        rejected=rejected.summary,
+        source=f"{SOURCE}-{origins.pop() if len(origins) == 1 else 'mixed'}",
+        extra={"gold_chosen": chosen.gold, "gold_rejected": rejected.gold, "flipped": flipped},
     )
 
 
-def _unequal_candidates(rng: random.Random, story: Story) -> tuple[tuple[str, str], tuple[str, str]]:
+def _unequal_candidates(rng: random.Random, story: Story) -> tuple[Candidate, Candidate]:
+    """The better one first."""
     while True:
         first, second = _candidate(rng, story), _candidate(rng, story)
-        first_gold, second_gold = gold_score(story.facts, first[0]), gold_score(story.facts, second[0])
-        if first_gold != second_gold:
-            return (first, second) if first_gold > second_gold else (second, first)
+        if first.gold != second.gold:
+            return (first, second) if first.gold > second.gold else (second, first)
+
+
+def _candidate(rng: random.Random, story: Story) -> Candidate:
+    kind = rng.choices(list(_CANDIDATES), list(_CANDIDATES.values()))[0]
+    if kind == "writer":
+        origin, summary = "writers", _write(rng, story, rng.choices(WRITERS, _SHARES)[0])
+    else:
+        claims = _altered_claims(rng, story, kind)
+        origin, summary = "altered", _assemble(rng, claims, opens=rng.random() < 0.1, closes=rng.random() < 0.15)
+    return Candidate(summary=summary, origin=origin, gold=gold_score(story.facts, summary))
+
+
+def _altered_claims(rng: random.Random, story: Story, kind: str) -> list[tuple[str, str]]:
+    """All facts of a post, then spoilt in one way: what a policy under optimisation may come to write."""
+    claims = list(story.facts.items())
+    if kind == "swapped":
+        for position in rng.sample(range(len(claims)), rng.choice((1, 1, 2))):
+            slot = claims[position][0]
+            claims[position] = (slot, _mistaken(rng, slot, story.facts, story.decoys))
+    elif kind == "omitted":
+        del claims[rng.randrange(len(claims))]
+    elif kind == "invented":
+        absent = [slot for slot in SLOTS if slot not in story.facts]
+        invented = rng.sample(absent, rng.choice((1, 2)))
+        claims += [(slot, _mistaken(rng, slot, story.facts, story.decoys)) for slot in invented]
+        claims.sort(key=lambda claim: list(SLOTS).index(claim[0]))
+    elif kind == "repeated":
+        claims += rng.choices(claims, k=rng.choice((1, 2, 4)))
+    elif kind == "scrap":
+        claims = rng.sample(claims, rng.choice((0, 1)))
+    else:
+        assert kind == "complete", kind
+    return claims

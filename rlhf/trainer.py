@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,22 +27,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging as transformers_logging
 
 from rlhf.checkpoint import StageDir
 from rlhf.collate import EncodedExample, EncodedPair, LengthGroupedSampler
 from rlhf.config import RewardConfig, RuntimeConfig, SftConfig
 from rlhf.errors import ConfigError, StopRequested
-from rlhf.runtime import StopSignal
+from rlhf.runtime import StopSignal, agreed, is_first_process, wait_for_all
 from rlhf.schedule import learning_rate_scheduler
-from rlhf.telemetry import Metrics, Progress
+from rlhf.trainer_callbacks import EpochCallback, StageCallback
 
 logger = logging.getLogger(__name__)
 
@@ -135,126 +129,6 @@ def training_arguments(
     # Several visible GPUs and one process would become nn.DataParallel, with batches of another size.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-class TrainingLog:
-    """Metrics and progress of a training; on processes other than the first it does nothing."""
-
-    def __init__(self, stage: StageDir, plan: Plan, runtime: RuntimeConfig, start: Start) -> None:
-        self.name = stage.stage
-        self._metrics: Metrics | None = None
-        self._progress: Progress | None = None
-        if is_first_process():
-            done = start[0] if start else 0
-            first_new_step = done + 1 if start else 0
-            self._metrics = Metrics(stage.path, tensorboard=runtime.tensorboard, start_step=first_new_step)
-            self._progress = Progress(stage.path, self.name, plan.total_steps, "steps", done=done)
-
-    def __enter__(self) -> TrainingLog:
-        # transformers draws one for every model it writes, also where there is no terminal.
-        self._foreign_bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._foreign_bars:
-            transformers_logging.enable_progress_bar()
-        if self._metrics is not None and self._progress is not None:
-            self._metrics.close()
-            self._progress.close()
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append a line of numbers, each under `<stage>/<key>`."""
-        if self._metrics is not None:
-            self._metrics.log(step, {f"{self.name}/{key}": value for key, value in values.items()})
-
-    def advance(self, step: int, **shown: float) -> None:
-        """Move the progress bar."""
-        if self._progress is not None:
-            self._progress.update(step, **shown)
-
-
-class StageCallback(TrainerCallback):
-    """Listens to the Trainer: moves the bar, writes metrics, publishes checkpoints, stops on request."""
-
-    def __init__(
-        self,
-        *,
-        stage: StageDir,
-        tokenizer: PreTrainedTokenizerBase,
-        runtime: RuntimeConfig,
-        log: TrainingLog,
-        stop: StopSignal,
-    ) -> None:
-        self.stage, self.tokenizer, self.runtime = stage, tokenizer, runtime
-        self.log, self.stop = log, stop
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Decide what follows the step."""
-        self.log.advance(state.global_step)
-        if state.global_step >= state.max_steps:
-            # The evaluation of the finished model follows the training; no optimiser goes on from here.
-            control.should_evaluate = False
-            args.save_only_model = True
-        elif agreed(self.stop.requested):
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write loss, gradient norm, learning rate and speed; the Trainer's own summary at the end is dropped."""
-        if logs is None or "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
-            key = f"{self.stage.stage}.optimizer.learning_rate"
-            raise ConfigError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower {key}={args.learning_rate}"
-            )
-        self.log.write(state.global_step, {key: value for key, value in logs.items() if key != "epoch"})
-        self.log.advance(state.global_step, loss=logs["loss"])
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write the numbers of an evaluation."""
-        if metrics:
-            self.log.write(state.global_step, metrics)
-            logger.info("evaluated stage=%s step=%d %s", self.stage.stage, state.global_step, _facts(metrics))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Turn the Trainer's checkpoint, once every process has written its part, into a published step."""
-        wait_for_all()
-        if state.is_world_process_zero:
-            directory = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
-            self.tokenizer.save_pretrained(directory)
-            self.stage.adopt(directory, state.global_step)
-            self.stage.prune(self.runtime.keep_checkpoints)
-        wait_for_all()
-
-
-class EpochCallback(TrainerCallback):
-    """Tells the sampler its epoch; accelerate's set_epoch does not reach it where batches are skipped."""
-
-    def __init__(self, sampler: LengthGroupedSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Whole epochs behind us, also in the middle of one that is resumed."""
-        self.sampler.epoch = int(state.epoch or 0)
 
 
 class StageTrainer(Trainer):
@@ -380,28 +254,3 @@ def remove_unpublished(stage: StageDir) -> None:
     """Remove what a killed Trainer left; a half-written `checkpoint-N` must never be resumed from."""
     if is_first_process():
         shutil.rmtree(stage.path / "trainer", ignore_errors=True)
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def agreed(flag: bool) -> bool:
-    """Whether the flag is up on any process; the answer is the same on all."""
-    if not torch.distributed.is_initialized():
-        return flag
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    raised = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
-    return bool(raised.item())
-
-
-def wait_for_all() -> None:
-    """Wait until every process is here."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def _facts(metrics: dict[str, float]) -> str:
-    return " ".join(f"{key}={value:.4g}" for key, value in metrics.items())

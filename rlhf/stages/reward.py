@@ -33,9 +33,7 @@ from rlhf.prompt import encode_prompt, encode_response
 from rlhf.runtime import StopSignal, prepare_runtime
 from rlhf.scoring import Scorer, token_scores
 from rlhf.trainer import (
-    StageCallback,
     StageTrainer,
-    TrainingLog,
     check_stop,
     plan_training,
     publish_model,
@@ -43,6 +41,7 @@ from rlhf.trainer import (
     train_to_end,
     training_arguments,
 )
+from rlhf.trainer_callbacks import StageCallback, TrainingLog
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,9 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     logger.info("frozen blocks=%d fraction=%g", frozen, config.reward.frozen_fraction)
 
     # 3. Train and look at the held-out pairs.
-    with TrainingLog(stage, plan, config.runtime, start) as log:
+    with TrainingLog(
+        stage, total_steps=plan.total_steps, resumed_at=start[0] if start else None, runtime=config.runtime
+    ) as log:
         report = PreferenceReport([comparison for comparison, _ in held_out], valid)
         trainer = RewardTrainer(
             model=model,

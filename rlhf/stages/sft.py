@@ -32,12 +32,9 @@ from rlhf.generation import BuiltinEngine, Sampling
 from rlhf.models import load_policy, stamp_prompt_version
 from rlhf.prompt import decode_response, encode_prompt, encode_response
 from rlhf.rouge import rouge_scores
-from rlhf.runtime import StopSignal, prepare_runtime
+from rlhf.runtime import StopSignal, agreed, prepare_runtime
 from rlhf.trainer import (
-    StageCallback,
     StageTrainer,
-    TrainingLog,
-    agreed,
     check_stop,
     plan_training,
     publish_model,
@@ -45,6 +42,7 @@ from rlhf.trainer import (
     train_to_end,
     training_arguments,
 )
+from rlhf.trainer_callbacks import StageCallback, TrainingLog
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +69,9 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     stamp_prompt_version(model)
 
     # 3. Train, evaluate, publish.
-    with TrainingLog(stage, plan, config.runtime, start) as log:
+    with TrainingLog(
+        stage, total_steps=plan.total_steps, resumed_at=start[0] if start else None, runtime=config.runtime
+    ) as log:
         trainer = SftTrainer(
             model=model,
             section=config.sft,
