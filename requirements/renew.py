@@ -20,6 +20,7 @@ TOOLS = {"pip"}
 
 
 def main() -> None:
+    """Write lock.txt."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
     wanted += project["build-system"]["requires"]

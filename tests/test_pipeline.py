@@ -238,7 +238,7 @@ def test_real_posts_and_comparisons(shared_data: Path, tmp_path: Path, no_networ
     assert answer.returncode == 0, answer.stderr
     run_dir = tmp_path / "small"
     summary = json.loads((StageDir(run_dir, "fetch").final() / "data" / "summary.json").read_text())
-    assert summary["base"]["vocabulary"] >= 50_257
+    assert summary["base"]["tokens"] == 50_258  # and the pad token
     results = read_results(run_dir)
     assert results["settings"]["posts"] == 6
     assert results["rows"]["ppo"]["gold"] is None

@@ -242,7 +242,8 @@ def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor)
         }
         totals = {key: totals.get(key, 0.0) + share * value for key, value in stats.items()}
     grad_norm = accelerator.clip_grad_norm_(learner.actor.trainable_parameters(), ppo.optimizer.max_grad_norm)
-    if not torch.isfinite(grad_norm):
+    # With float16, infinities are part of finding the loss scale: accelerate skips such a step.
+    if accelerator.scaler is None and not torch.isfinite(grad_norm):
         raise RlhfError(
             f"the gradient of PPO iteration {learner.iteration} is not finite; the last checkpoint is good: "
             "try a lower ppo.optimizer.learning_rate"
