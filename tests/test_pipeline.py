@@ -15,6 +15,7 @@ import pytest
 from rlhf.checkpoint import StageDir, verify
 from rlhf.pipeline import STAGE_NAMES
 from rlhf.results import read_results, results_table
+from rlhf.telemetry import read_metrics
 from tests.conftest import REPOSITORY
 
 SMALL = {
@@ -216,6 +217,29 @@ def test_a_signal_to_run_saves_and_leaves_with_75(tmp_path: Path, no_network: di
     step, directory = StageDir(tmp_path / "small", "sft").latest() or (0, None)
     assert step > 0
     assert directory is not None
+
+
+@pytest.mark.parametrize("preset", ["gptj-6b", "gptj-6b-nplus"])
+def test_the_6b_presets_run_a_few_steps_on_a_tiny_model(
+    preset: str, tmp_path: Path, no_network: dict[str, str]
+) -> None:
+    """In their own precision, losses, value network and KL controller; only sizes are made small."""
+    of_the_preset = ("ppo.unfrozen_layers", "ppo.inner_epochs", "ppo.micro_batch_size", "reward.micro_batch_size")
+    settings = {key: value for key, value in SMALL.items() if key not in of_the_preset} | {
+        "model.base": "tiny",
+        "data.posts": "synthetic",
+        "data.comparisons": "synthetic",
+        "sft.max_steps": 2,
+        "reward.max_steps": 2,
+    }
+    if preset == "gptj-6b":
+        settings["ppo.unfrozen_layers"] = 1
+    arguments = ["--config", preset, *options(settings, tmp_path)[2:]]
+    answer = rlhf("run", *arguments, env=no_network)
+    assert answer.returncode == 0, answer.stderr
+    rows = read_metrics(tmp_path / "small" / "ppo" / "metrics.jsonl")
+    assert rows[0]["ppo/eval_kl"] == pytest.approx(0, abs=0.05)  # bfloat16
+    assert len(rows) == 3
 
 
 def test_real_posts_and_comparisons(shared_data: Path, tmp_path: Path, no_network: dict[str, str]) -> None:
