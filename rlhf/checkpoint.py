@@ -166,6 +166,8 @@ def write_manifest(directory: Path, *, step: int, stage: str) -> None:
     """List every file with size and sha256, syncing each to the disk."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        # safetensors writes for the owner alone; whoever may read the volume may read what is published on it.
+        path.chmod(path.stat().st_mode | 0o444)
         files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
         _sync(path)
     manifest = {"stage": stage, "step": step, "files": files}

@@ -41,6 +41,13 @@ def test_what_is_published_verifies_and_is_linked(stage: StageDir) -> None:
     assert stage.is_final()
 
 
+def test_what_is_published_can_be_read_by_others(stage: StageDir) -> None:
+    with stage.publish(1) as directory:
+        (directory / "weights").write_text("one")
+        (directory / "weights").chmod(0o600)
+    assert (stage.path / "latest" / "weights").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_failed_block_publishes_nothing_and_leaves_nothing(stage: StageDir) -> None:
     with pytest.raises(RuntimeError), stage.publish(1) as directory:
         (directory / "weights").write_text("half")

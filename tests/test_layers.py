@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "rlhf"
 
 # A module may import from its own line and the lines above it.
 LAYERS = (
-    {"errors"},
+    {"errors", "synthetic_wording"},
     {"config", "checkpoint"},
     {"presets", "config_reference", "runtime", "telemetry", "schedule", "results"},
     {"prompt", "losses", "advantages", "bootstrap", "calibration", "rouge", "charts", "pipeline"},

@@ -7,7 +7,8 @@ import pytest
 
 from rlhf.config import SyntheticConfig
 from rlhf.data import Comparison, Example
-from rlhf.synthetic import CLOSINGS, OPENINGS, SLOTS, SMALL_TALK, SyntheticData, count_claims, generate, gold_score
+from rlhf.synthetic import SyntheticData, count_claims, generate, gold_score
+from rlhf.synthetic_wording import CLOSINGS, OPENINGS, SLOTS, SMALL_TALK
 
 FACTS = {"who": "boss", "thing": "car", "day": "friday", "cost": "90"}
 SMALL = SyntheticConfig(
