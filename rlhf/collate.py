@@ -5,6 +5,7 @@ Shapes: B rows of a batch, T tokens, K positions whose next token counts in the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data import Example
+from rlhf.errors import DataError
+from rlhf.prompt import encode_prompt
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a token that does not count, as in transformers and torch."""
@@ -22,6 +30,28 @@ POOL_BATCHES = 50
 """Batches sorted by length together: enough that lengths are alike, few enough that order stays random."""
 
 TokenIds = NDArray[np.int32]
+
+
+def fitting_posts(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_tokens: int, kind: str = "posts"
+) -> Iterator[tuple[Example, list[int]]]:
+    """Each example with its prompt's token ids; those whose header alone is too long are left out and counted.
+
+    Raises DataError, naming the kind of posts, when none was left.
+    """
+    kept = 0
+    for example in examples:
+        try:
+            ids = encode_prompt(tokenizer, example.post, max_tokens=max_tokens).ids
+        except ValueError as error:
+            logger.debug("left out post=%s: %s", example.post.id, error)
+            continue
+        kept += 1
+        yield example, ids
+    if not kept:
+        raise DataError(f"none of {len(examples)} {kind} fits prompt.max_prompt_tokens={max_tokens}; raise it")
+    if kept < len(examples):
+        logger.warning("left out %d of %d posts: header too long", len(examples) - kept, len(examples))
 
 
 @dataclass(frozen=True)

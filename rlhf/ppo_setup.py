@@ -60,10 +60,6 @@ class Learner:
         """Where this process's networks are."""
         return self.accelerator.device
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set on any process, so that all act alike."""
-        return bool(self.sum_over_processes(torch.tensor(float(flag))))
-
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The elementwise sum, the same on every process."""
         if self.accelerator.num_processes == 1:

@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging as transformers_logging
 
 from rlhf.checkpoint import StageDir
 from rlhf.collate import LengthGroupedSampler
@@ -33,16 +32,11 @@ class TrainingLog:
         self._progress = Progress(stage.path, self.name, total_steps, "steps", done=resumed_at or 0, enabled=writes)
 
     def __enter__(self) -> TrainingLog:
-        # transformers draws one for every model it writes, also where there is no terminal.
-        self._foreign_bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._foreign_bars:
-            transformers_logging.enable_progress_bar()
         self._metrics.close()
         self._progress.close()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}; set RLHF_SHARED_DATA to a folder that holds it")
     return folder
+
+
+@pytest.fixture
+def small_volume(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of the given size, which fills up for real; needs root."""
+    volume = tmp_path / "volume"
+
+    def mount(size: str) -> Path:
+        volume.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(volume)]
+        mounted = subprocess.run(command, check=False, capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"cannot mount a small tmpfs ({mounted.stderr.strip()}); run as root to test a full disk")
+        return volume
+
+    yield mount
+    if volume.is_mount():
+        subprocess.run(["umount", str(volume)], check=True)
 
 
 @pytest.fixture(autouse=True)

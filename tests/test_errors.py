@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,21 +126,12 @@ def test_damage_is_named(tiny: tuple[Path, Path]) -> None:
     assert "run `python -m rlhf fetch --run tiny` first" in line
 
 
-def test_a_full_disk(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_full_disk(tiny: tuple[Path, Path], small_volume: Callable[[str], Path]) -> None:
     """The volume fills while SFT saves; what was there before stays good."""
     run_dir, config = tiny
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(volume)], check=False, capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small tmpfs ({mounted.stderr.strip()}); run as root to test a full disk")
-    try:
-        shutil.copytree(run_dir, volume / "tiny", symlinks=True)
-        line = stage((volume / "tiny", config), "sft", "sft.max_steps=2", "sft.save_every_steps=1", code=74)
-        assert "the volume is full: free space or enlarge it; what was saved before is still good" in line
-        StageDir(volume / "tiny", "fetch").final()
-        assert not StageDir(volume / "tiny", "sft").is_final()
-    finally:
-        subprocess.run(["umount", str(volume)], check=True)
+    volume = small_volume("640k")
+    shutil.copytree(run_dir, volume / "tiny", symlinks=True)
+    line = stage((volume / "tiny", config), "sft", "sft.max_steps=2", "sft.save_every_steps=1", code=74)
+    assert "the volume is full: free space or enlarge it; what was saved before is still good" in line
+    StageDir(volume / "tiny", "fetch").final()
+    assert not StageDir(volume / "tiny", "sft").is_final()

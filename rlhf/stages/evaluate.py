@@ -42,13 +42,13 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.advantages import k1, k3
 from rlhf.checkpoint import StageDir
+from rlhf.collate import fitting_posts
 from rlhf.config import Config
 from rlhf.data import Example, load_examples, write_jsonl
-from rlhf.errors import DataError
 from rlhf.evaluation import (
     ROWS,
     Floats,
@@ -64,13 +64,14 @@ from rlhf.evaluation import (
 from rlhf.generation import BuiltinEngine, Sampling, Summaries, summarize
 from rlhf.likelihood import response_logprobs
 from rlhf.models import load_policy, load_reward_model
-from rlhf.prompt import decode_response, encode_prompt, encode_response
+from rlhf.prompt import decode_response, encode_response
 from rlhf.report import write_report
 from rlhf.rouge import OfflineRouge
 from rlhf.runtime import StopSignal, choose_device, generator, prepare_runtime, torch_dtype
 from rlhf.scoring import Scorer
 from rlhf.synthetic import gold_score
 from rlhf.telemetry import Progress
+from rlhf.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +120,11 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     sft, reward, ppo = (StageDir(run_dir, name).final() for name in ("sft", "reward", "ppo"))
     stage = StageDir(run_dir, "evaluate")
     prepare_runtime(config.runtime, seed=config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(sft)
+    tokenizer = load_tokenizer(sft, key="sft/final")
     posts = load_examples(data, "test")[: config.evaluate.max_posts]
-    examples, prompts = encode_posts(tokenizer, posts, max_tokens=config.prompt.max_prompt_tokens)
+    limit = config.prompt.max_prompt_tokens
+    fitting = list(fitting_posts(tokenizer, posts, max_tokens=limit, kind="test posts"))
+    examples, prompts = [example for example, _ in fitting], [ids for _, ids in fitting]
 
     with Progress(stage.path, "evaluate", PASSES * len(examples), "summaries") as progress:
         inputs = Inputs(config, tokenizer, examples, prompts, Meter(progress, stop))
@@ -147,28 +150,6 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
         (directory / "summaries.csv").write_text(as_csv(samples), encoding="utf-8")
         write_jsonl(directory / "samples.jsonl", samples)
     logger.info("report path=%s", write_report(run_dir))
-
-
-def encode_posts(
-    tokenizer: PreTrainedTokenizerBase, posts: Sequence[Example], *, max_tokens: int
-) -> tuple[list[Example], list[list[int]]]:
-    """The posts that fit, and their prompts as token ids; those whose header alone is too long are left out.
-
-    Raises DataError when none is left.
-    """
-    examples, prompts = [], []
-    for example in posts:
-        try:
-            prompts.append(encode_prompt(tokenizer, example.post, max_tokens=max_tokens).ids)
-        except ValueError as error:
-            logger.debug("left out post=%s: %s", example.post.id, error)
-            continue
-        examples.append(example)
-    if not examples:
-        raise DataError(f"none of {len(posts)} test posts fits prompt.max_prompt_tokens={max_tokens}; raise it")
-    if len(examples) < len(posts):
-        logger.warning("left out %d of %d posts: header too long", len(posts) - len(examples), len(posts))
-    return examples, prompts
 
 
 def policy_passes(inputs: Inputs, *, sft: Path, ppo: Path) -> tuple[dict[str, Summaries], dict[str, Floats]]:

@@ -32,7 +32,7 @@ from rlhf.losses import policy_loss, value_loss
 from rlhf.ppo_setup import Learner, build_learner, load_learner, save_learner
 from rlhf.prompt import decode_response
 from rlhf.rollout import Rollout, minibatch, stack
-from rlhf.runtime import StopSignal, generator
+from rlhf.runtime import StopSignal, agreed, generator
 from rlhf.telemetry import Metrics, Progress, Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def sample(learner: Learner, rows: list[EnvironmentRow], watch: Stopwatch, stop:
     config, rank = learner.config, learner.accelerator.process_index
     rollouts: list[Rollout] = []
     for start in range(0, len(rows), config.ppo.rollout_chunk):
-        if learner.any_process(stop.requested):
+        if agreed(stop.requested):
             return None
         rollouts += learner.collector.collect(
             rows[start : start + config.ppo.rollout_chunk],

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import StageDir
 from rlhf.collate import EncodedPair, PairCollator, token_ids
@@ -32,6 +32,7 @@ from rlhf.preference import Pairs, preference_metrics
 from rlhf.prompt import encode_prompt, encode_response
 from rlhf.runtime import StopSignal, prepare_runtime
 from rlhf.scoring import Scorer, token_scores
+from rlhf.tokenizer import load_tokenizer
 from rlhf.trainer import (
     StageTrainer,
     check_stop,
@@ -57,7 +58,7 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     remove_unpublished(stage)
 
     # 1. Comparisons become token ids, once.
-    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer = load_tokenizer(policy, key="sft/final")
     train = [pair for _, pair in encode_pairs(tokenizer, load_comparisons(data, "train"), config.prompt)]
     held_out = encode_pairs(tokenizer, load_comparisons(data, "valid"), config.prompt)
     held_out.sort(key=lambda entry: entry[1].length)

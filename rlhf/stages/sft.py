@@ -21,18 +21,18 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.checkpoint import StageDir
-from rlhf.collate import IGNORED, EncodedExample, ExampleCollator, token_ids
+from rlhf.collate import IGNORED, EncodedExample, ExampleCollator, fitting_posts, token_ids
 from rlhf.config import Config, PromptConfig
 from rlhf.data import Example, load_examples
-from rlhf.errors import DataError
 from rlhf.generation import BuiltinEngine, Sampling
 from rlhf.models import load_policy, stamp_prompt_version
 from rlhf.prompt import decode_response, encode_prompt, encode_response
 from rlhf.rouge import rouge_scores
 from rlhf.runtime import StopSignal, agreed, prepare_runtime
+from rlhf.tokenizer import load_tokenizer
 from rlhf.trainer import (
     StageTrainer,
     check_stop,
@@ -54,7 +54,7 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     remove_unpublished(stage)
 
     # 1. Posts and summaries become token ids, once.
-    tokenizer = AutoTokenizer.from_pretrained(fetched / "base")
+    tokenizer = load_tokenizer(fetched / "base", key="fetch/final/base")
     train = encode_examples(tokenizer, load_examples(fetched / "data", "train"), prompt=config.prompt)
     valid_examples = load_examples(fetched / "data", "valid")
     valid = sorted(encode_examples(tokenizer, valid_examples, prompt=config.prompt), key=lambda e: e.length)
@@ -102,20 +102,9 @@ def encode_examples(
     Raises DataError when none is left.
     """
     encoded = []
-    for example in examples:
-        try:
-            ids = encode_prompt(tokenizer, example.post, max_tokens=prompt.max_prompt_tokens).ids
-        except ValueError as error:
-            logger.debug("left out post=%s: %s", example.post.id, error)
-            continue
+    for example, ids in fitting_posts(tokenizer, examples, max_tokens=prompt.max_prompt_tokens):
         response = encode_response(tokenizer, example.summary, max_tokens=prompt.max_response_tokens)
         encoded.append(EncodedExample(prompt=token_ids(ids), response=token_ids(response)))
-    if not encoded:
-        raise DataError(
-            f"none of {len(examples)} posts fits prompt.max_prompt_tokens={prompt.max_prompt_tokens}; raise it"
-        )
-    if len(encoded) < len(examples):
-        logger.warning("left out %d of %d posts: header too long", len(examples) - len(encoded), len(examples))
     return encoded
 
 
