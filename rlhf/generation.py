@@ -16,12 +16,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.errors import RlhfError
-from rlhf.models import position_ids
+from rlhf.kv_cache import Decoder
 from rlhf.sampling import Sampling, choose_tokens, chosen_logprobs
 from rlhf.sequences import check_sequences
+from rlhf.slots import RunningBatch, SlotBatch
 
 STEPS_BETWEEN_CHECKS = 8
 """On an accelerator, asking whether all rows have ended waits for it; so it is asked this seldom there."""
@@ -52,6 +53,10 @@ class Engine(Protocol):
         generator: torch.Generator | None = None,
     ) -> Generation:
         """A response to each prompt, all in one batch. Without a generator, torch's own is used."""
+        ...
+
+    def open(self, slots: int) -> RunningBatch:
+        """An empty batch of at most this many rows, which join and leave one by one."""
         ...
 
     def sync(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -97,67 +102,34 @@ class BuiltinEngine:
 
         rows_A = torch.arange(len(prompts), device=device)
         alive_A = torch.ones_like(rows_A, dtype=torch.bool)
+        decoder = Decoder(self._model, rows=len(prompts), pad_id=self._pad_id)
         with _evaluating(self._model):
-            decoder = _Decoder(self._model, *left_pad(prompts, self._pad_id))
+            logits_AV = decoder.join(prompts, room=sampling.max_new_tokens)
             for step in range(sampling.max_new_tokens):
-                logits_AV = decoder.logits()
                 blocked = self._eos_id if step < sampling.min_new_tokens else None
                 tokens_A = choose_tokens(logits_AV, sampling, chances_BR[rows_A, step], blocked=blocked)
                 mask_BR[rows_A, step] = alive_A
                 response_BR[rows_A, step] = tokens_A.where(alive_A, self._pad_id)
                 logprobs_BR[rows_A, step] = chosen_logprobs(logits_AV, tokens_A, sampling).where(alive_A, 0.0)
                 alive_A = alive_A & (tokens_A != self._eos_id)
-                decoder.append(tokens_A)
-                if (step + 1) % check_every:
-                    continue
-                kept = int(alive_A.sum())
-                if kept == 0:
-                    break
-                if 2 * kept <= len(rows_A):
-                    indices_A = alive_A.nonzero().squeeze(1)
-                    decoder.keep(indices_A)
-                    rows_A, alive_A = rows_A[indices_A], alive_A[indices_A]
+                if (step + 1) % check_every == 0:
+                    ended = (~alive_A).nonzero().squeeze(1).tolist()
+                    if len(ended) == len(rows_A):
+                        break
+                    order = decoder.leave(ended)
+                    rows_A, alive_A, tokens_A = rows_A[order], alive_A[order], tokens_A[order]
+                if step + 1 < sampling.max_new_tokens:
+                    logits_AV = decoder.step(tokens_A)
 
         return _generation(response_BR, mask_BR, logprobs_BR, eos_id=self._eos_id)
+
+    def open(self, slots: int) -> RunningBatch:
+        """An empty running batch; the model must stay in eval mode while it is used."""
+        return SlotBatch(self._model, slots=slots, eos_id=self._eos_id, pad_id=self._pad_id)
 
     def sync(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy the policy's weights into the model. Raises RuntimeError naming those that do not fit."""
         self._model.load_state_dict(state_dict)
-
-
-class _Decoder:
-    """A batch on its way through the model: what is to be fed next, and the cache of what was."""
-
-    def __init__(self, model: PreTrainedModel, ids_AP: Tensor, mask_AP: Tensor) -> None:
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
-        self._ids_AT = ids_AP.to(model.device)
-        self._mask_AT = mask_AP.to(model.device).long()
-        self._positions_AT = position_ids(self._mask_AT)
-
-    def logits(self) -> Tensor:
-        """float32 logits of each row's next token."""
-        output = self._model(
-            input_ids=self._ids_AT,
-            attention_mask=self._mask_AT,
-            position_ids=self._positions_AT,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
-
-    def append(self, tokens_A: Tensor) -> None:
-        """Feed these tokens next."""
-        self._ids_AT = tokens_A[:, None]
-        self._mask_AT = torch.cat([self._mask_AT, torch.ones_like(self._ids_AT)], dim=1)
-        self._positions_AT = self._positions_AT[:, -1:] + 1
-
-    def keep(self, indices_A: Tensor) -> None:
-        """Go on with these rows only."""
-        self._ids_AT, self._mask_AT = self._ids_AT[indices_A], self._mask_AT[indices_A]
-        self._positions_AT = self._positions_AT[indices_A]
-        self._cache.batch_select_indices(indices_A)
 
 
 @dataclass(frozen=True)
@@ -205,14 +177,6 @@ def summarize(
         if on_progress is not None:
             on_progress(start + len(chunk))
     return Summaries(responses, ended)
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts side by side, their ends aligned: ids_BP (int64) and mask_BP (bool), on the CPU."""
-    width = max(map(len, prompts))
-    ids_BP = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    starts_B = torch.tensor([width - len(prompt) for prompt in prompts])
-    return ids_BP, torch.arange(width) >= starts_B[:, None]
 
 
 def _generation(response_BR: Tensor, mask_BR: Tensor, logprobs_BR: Tensor, *, eos_id: int) -> Generation:

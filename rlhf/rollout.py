@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.actor_critic import ActorCritic
 from rlhf.environment import EnvironmentRow
-from rlhf.generation import Engine, Sampling, left_pad
+from rlhf.generation import Engine, Sampling
 from rlhf.scoring import Scorer
+from rlhf.sequences import left_pad
 from rlhf.telemetry import Stopwatch
 
 

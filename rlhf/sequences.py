@@ -1,9 +1,14 @@
-"""What a model can take in: token ids of its vocabulary, and no more of them than it has positions."""
+"""Token ids on their way into a model: what it can take, and how sequences lie side by side.
+
+Shapes: B prompts, P prompt columns. Masks are True where a token counts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -33,3 +38,11 @@ def check_sequences(sequences: Sequence[Sequence[int]], model: PreTrainedModel, 
                 f"{kind} {number} has {len(sequence)} tokens{after}, more than the model's {positions} positions; "
                 f"cut it to {max(positions - room, 0)}"
             )
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts side by side, their ends aligned: ids_BP (int64) and mask_BP (bool), on the CPU."""
+    width = max(map(len, prompts))
+    ids_BP = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    starts_B = torch.tensor([width - len(prompt) for prompt in prompts])
+    return ids_BP, torch.arange(width) >= starts_B[:, None]

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import RlhfError
-from rlhf.generation import BuiltinEngine, Generation, Sampling, left_pad, summarize
+from rlhf.generation import BuiltinEngine, Generation, Sampling, summarize
 from rlhf.sampling import choose_tokens, chosen_logprobs
+from rlhf.sequences import left_pad
 from tests.fakes import EOS_ID, MODELS, PAD_ID, POSITIONS, SHAPE, tiny_policy
 
 LENGTHS = (23, 1, 7, 40, 7, 90)
