@@ -14,9 +14,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rlhf import __version__
+from rlhf.console import Parser, report_failure
 from rlhf.errors import PrerequisiteError, RlhfError, UsageError
 
 if TYPE_CHECKING:
@@ -30,15 +31,6 @@ STAGE_HELP = {
     "ppo": "align the policy with the reward model",
     "evaluate": "compare SFT, PPO, reference and lead on the test posts",
 }
-TERMINATION_LOG = Path("/dev/termination-log")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes end as UsageError, with exit code 64."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,14 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         report_failure("rlhf: interrupted; run the same command again to continue")
         return 75
-
-
-def report_failure(line: str) -> None:
-    """Say it in one line on stderr, and where Kubernetes reads why a container ended."""
-    line = " ".join(line.split())
-    print(line, file=sys.stderr)
-    if TERMINATION_LOG.exists() and os.access(TERMINATION_LOG, os.W_OK):
-        TERMINATION_LOG.write_text(line[:4096], encoding="utf-8")
 
 
 def build_parser() -> Parser:

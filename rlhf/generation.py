@@ -63,6 +63,10 @@ class Engine(Protocol):
         """Take over the policy's weights."""
         ...
 
+    def close(self) -> None:
+        """Give the memory back; the engine cannot be used after this."""
+        ...
+
 
 class BuiltinEngine:
     """Runs the model it is given, where it is and in its own precision; it may be in training meanwhile.
@@ -130,6 +134,9 @@ class BuiltinEngine:
     def sync(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy the policy's weights into the model. Raises RuntimeError naming those that do not fit."""
         self._model.load_state_dict(state_dict)
+
+    def close(self) -> None:
+        """Nothing: the model belongs to whoever gave it."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line, for machines that collect logs."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The facts of a record as JSON."""
+        return json.dumps(self.facts(record))
+
+    def facts(self, record: logging.LogRecord) -> dict[str, Any]:
         """Time, level, logger and message; a traceback when there is one."""
         fact: dict[str, Any] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
@@ -34,7 +38,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             fact["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fact)
+        return fact
 
 
 class BarSafeHandler(logging.StreamHandler[Any]):

@@ -125,6 +125,6 @@ def test_status_tells_each_stage(tmp_path: Path, capsys) -> None:
 def test_the_termination_log_gets_the_line(tmp_path: Path, monkeypatch, capsys) -> None:
     log = tmp_path / "termination-log"
     log.write_text("")
-    monkeypatch.setattr("rlhf.__main__.TERMINATION_LOG", log)
+    monkeypatch.setattr("rlhf.console.TERMINATION_LOG", log)
     line = fails_with(66, capsys, "status", "--runs-dir", str(tmp_path), "--run", "none")
     assert log.read_text() == line.strip()

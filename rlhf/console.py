@@ -1,0 +1,29 @@
+"""What every command line of the project does alike: mistakes and failures end in one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from rlhf.errors import UsageError
+
+TERMINATION_LOG = Path("/dev/termination-log")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes end as UsageError, with exit code 64."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def report_failure(line: str) -> None:
+    """Say it in one line on stderr, and where Kubernetes reads why a container ended."""
+    line = " ".join(line.split())
+    sys.stderr.write(f"{line}\n")
+    if TERMINATION_LOG.exists() and os.access(TERMINATION_LOG, os.W_OK):
+        TERMINATION_LOG.write_text(line[:4096], encoding="utf-8")
