@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 SEEDS ?= 1 2 3
+RUN ?= demo
 # What pip is told beside the lock file, for example a mirror or a CPU-only build of torch.
 PIP_ARGS ?=
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 RLHF := $(BIN)/python -m rlhf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds report test lint format docs lock clean
+.PHONY: help setup demo demo-seeds report serve bench-service test lint format docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -37,6 +38,12 @@ demo-seeds: setup ## the demo on three seeds, and what PPO gained on each
 report: setup ## write the HTML report of the demo again
 	$(RLHF) report --run demo --runs-dir $(RUNS)
 
+serve: setup ## serve the run RUN (the demo) on http://127.0.0.1:8000
+	APP_RUN_DIR=$(RUNS)/$(RUN) $(BIN)/python -m app
+
+bench-service: setup ## what batching gains the service, on this machine
+	$(BIN)/python -m tests.benchmarks.service
+
 test: setup ## run the tests
 	$(BIN)/python -m pytest
 
@@ -49,8 +56,9 @@ format: setup ## mend style and formatting where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup ## write docs/configuration.md again from the schemas
+docs: setup ## write the generated tables of settings in docs/ again
 	$(RLHF) config --markdown > docs/configuration.md
+	$(BIN)/python -m app settings > docs/service-settings.md
 
 lock: ## renew requirements/lock.txt from pyproject.toml
 	$(PYTHON) requirements/renew.py $(PIP_ARGS)

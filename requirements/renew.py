@@ -22,8 +22,8 @@ TOOLS = {"pip"}
 def main() -> None:
     """Write lock.txt."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
-    wanted += project["build-system"]["requires"]
+    extras = project["project"]["optional-dependencies"]
+    wanted = project["project"]["dependencies"] + extras["otel"] + extras["dev"] + project["build-system"]["requires"]
     torch = next(name for name in wanted if name.startswith("torch=="))
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)

@@ -12,11 +12,18 @@ from rlhf.pipeline import STAGE_NAMES, STAGES
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "rlhf"
+SERVICE = REPOSITORY / "app"
+
+# What the service may use of the pipeline: models, data formats and the machine, but no training.
+SERVED = {
+    "checkpoint", "config", "console", "errors", "generation", "models", "pipeline", "presets", "prompt", "runtime",
+    "sampling", "scoring", "sequences", "slots", "telemetry", "tokenizer", "vllm_engine",
+}  # fmt: skip
 
 # A module may import from its own line and the lines above it.
 LAYERS = (
     {"errors", "synthetic_wording"},
-    {"config", "checkpoint"},
+    {"config", "checkpoint", "console"},
     {"presets", "config_reference", "runtime", "telemetry", "schedule", "results"},
     {"prompt", "losses", "advantages", "bootstrap", "calibration", "rouge", "charts", "pipeline"},
     {"data", "tokenizer", "models", "environment", "status", "hub", "lengths"},
@@ -27,6 +34,8 @@ LAYERS = (
     {"kv_cache", "scoring"},
     {"slots"},
     {"generation"},
+    {"vllm_process"},
+    {"vllm_batch"},
     {"vllm_engine"},
     {"rollout", "trainer_callbacks", "likelihood", "preference"},
     {"trainer"},
@@ -74,6 +83,12 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("*.py")), ids=lambda path: path.stem)
 def test_a_stage_never_imports_a_stage(path: Path) -> None:
     assert [name for name in imported(path) if name.startswith("rlhf.stages")] == []
+
+
+@pytest.mark.parametrize("path", sorted(SERVICE.glob("*.py")), ids=lambda path: path.stem)
+def test_the_service_uses_no_training(path: Path) -> None:
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("rlhf.")}
+    assert used - SERVED == set()
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
