@@ -1,0 +1,140 @@
+"""What a model needs in memory, told from its headers before it is loaded, and whether that is free.
+
+Weights are exact; caches are what they can grow to; what a pass over the model takes for the moment is rough.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+
+from app.devices import free_bytes
+from rlhf.errors import PrerequisiteError, RlhfError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GIB = 2**30
+
+ROOM_REMEDY = (
+    "lower APP_SLOTS, set APP_POLICY_DEVICE or APP_REWARD_DEVICE to another device, or, when another run is being "
+    "served, restart the service instead of reloading it"
+)
+HIDDEN_COPIES = 24
+"""Hidden states' worth of tensors alive in a block: the residual, q, k, v, and the wide MLP before, in and after
+its activation."""
+SCORE_BYTES = 12
+"""A token's attention to one other in one head: float32 weights before, in and after the softmax."""
+CHOICE_BYTES = 32
+"""A vocabulary entry while a token is chosen: logits in float32, their softmax and its sums in float64."""
+
+
+class NoRoom(RlhfError):
+    """A device has too little free memory; names both numbers and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The work that a model is to be ready for.
+
+    dtype is of the weights; sequences are in progress at once, none for a model that only scores, each of up to
+    positions tokens; batch_tokens are read in one pass.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    sequences: int
+    positions: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that a model takes on a device: its weights, its key/value cache when full, and a pass over it."""
+
+    device: torch.device
+    weights: int
+    cache: int
+    work: int
+
+
+def count_parameters(directory: Path) -> int:
+    """Numbers in a model's safetensors files; only their headers are read.
+
+    Raises PrerequisiteError where there are no such files, or damaged ones.
+    """
+    total = 0
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                pieces = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise PrerequisiteError(f"{path} is not a safetensors file: {error}; run the stage again") from error
+        # Old files also hold attention masks, which are no floating-point numbers.
+        total += sum(math.prod(piece.get_shape()) for piece in pieces if "F" in piece.get_dtype())
+    return total
+
+
+def model_need(config: PretrainedConfig, parameters: int, workload: Workload) -> Need:
+    """What a model of this shape and size takes."""
+    text = config.get_text_config()
+    size = workload.dtype.itemsize
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
+    token_cache = 2 * text.num_hidden_layers * key_value_heads * head_size * size
+    read = workload.batch_tokens * (HIDDEN_COPIES * text.hidden_size * size + SCORE_BYTES * heads * workload.positions)
+    choice = workload.sequences * text.vocab_size * CHOICE_BYTES
+    return Need(
+        device=workload.device,
+        weights=parameters * size,
+        cache=workload.sequences * workload.positions * token_cache,
+        work=read + choice,
+    )
+
+
+def total_need(needs: list[Need], *, beside: bool) -> dict[torch.device, int]:
+    """Bytes by device for models that are loaded one after another and then work at the same time.
+
+    beside: models of the same kind are being served meanwhile, whose caches may yet grow to the full.
+    """
+    totals: dict[torch.device, int] = {}
+    for need in needs:
+        caches = need.cache * (2 if beside else 1)
+        totals[need.device] = totals.get(need.device, 0) + need.weights + caches + need.work
+    passing = [need.weights for need in needs if need.device.type != "cpu"]
+    if passing:  # weights reach an accelerator through the machine's own memory, a model at a time
+        cpu = torch.device("cpu")
+        totals[cpu] = totals.get(cpu, 0) + max(passing)
+    return totals
+
+
+def check_room(need: Mapping[torch.device, int], *, free: Callable[[torch.device], int] = free_bytes) -> None:
+    """Raise NoRoom naming the devices on which less is free than is needed."""
+    short = []
+    for device, needed in need.items():
+        if needed > (there := free(device)):
+            short.append(f"{needed / GIB:.1f} GiB on {device}, where {there / GIB:.1f} GiB are free")
+    if short:
+        raise NoRoom(f"the models need {' and '.join(short)}; {ROOM_REMEDY}")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that transformers reads; a PPO checkpoint holds others beside them."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if not (directory / INDEX).is_file():
+        raise PrerequisiteError(
+            f"{directory} has no {WEIGHTS}; run the stage again, or, where its weights are in another format, "
+            "save them as safetensors: nothing is unpickled here"
+        )
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        return [directory / name for name in sorted(set(index["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PrerequisiteError(f"{directory / INDEX} is no index of weights; run the stage again") from error

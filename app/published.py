@@ -1,0 +1,168 @@
+"""What a run has published, judged before anything is loaded.
+
+`final` is resolved once; everything after that goes by the resolved directory, since the link may move meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import ValidationError
+from transformers import AutoConfig, PretrainedConfig
+
+from app.memory import count_parameters
+from app.settings import Settings
+from rlhf.checkpoint import MANIFEST, DamagedCheckpoint, fingerprint, read_manifest, verify
+from rlhf.config import PromptConfig
+from rlhf.errors import PrerequisiteError
+from rlhf.pipeline import CONFIG_FILE
+from rlhf.prompt import PROMPT_VERSION
+
+ModelName = Literal["ppo", "sft", "reward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A model directory as its small files describe it.
+
+    checksum is `rlhf.checkpoint.fingerprint`; positions is None where the model sets no limit.
+    """
+
+    name: ModelName
+    run: str
+    directory: Path
+    step: int
+    checksum: str
+    config: PretrainedConfig
+    parameters: int
+    positions: int | None
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+
+def model_names(settings: Settings) -> tuple[ModelName, ...]:
+    """The policies to be served, and the reward model last."""
+    return (*settings.models, "reward")
+
+
+def published(settings: Settings) -> dict[str, Path]:
+    """The directory that `final` names now, of each model to be served; only links are read.
+
+    Raises PrerequisiteError naming the command that makes one that is not there.
+    """
+    return {name: _final(settings.run_dir, name) for name in model_names(settings)}
+
+
+def describe(name: ModelName, directory: Path, run: str) -> Published:
+    """Read a model directory's small files and the headers of its weights.
+
+    Raises PrerequisiteError for what cannot be served: unreadable, no safetensors, made with a prompt that
+    this service does not know.
+    """
+    try:
+        manifest, checksum = read_manifest(directory), fingerprint(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        limits = _saved_limits((directory, directory.parent)) or _limits_of(positions)
+    except DamagedCheckpoint as error:
+        raise PrerequisiteError(f"{error}; {_remedy(name, directory, run)}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PrerequisiteError(f"{directory} cannot be read: {reason}; {_remedy(name, directory, run)}") from error
+    _check_prompt_version(config, directory)
+    if positions is not None and limits.max_sequence_tokens > positions:
+        raise PrerequisiteError(
+            f"{directory} has {positions} positions, too few for prompt.max_prompt_tokens="
+            f"{limits.max_prompt_tokens} and prompt.max_response_tokens={limits.max_response_tokens} of its settings"
+        )
+    return Published(
+        name=name,
+        run=run,
+        directory=directory,
+        step=manifest["step"],
+        checksum=checksum,
+        config=config,
+        parameters=count_parameters(directory),
+        positions=positions,
+        max_prompt_tokens=limits.max_prompt_tokens,
+        max_new_tokens=limits.max_response_tokens,
+    )
+
+
+def verify_whole(model: Published) -> None:
+    """Hold a directory against its manifest, in both directions: a file that it does not list is refused too.
+
+    Raises PrerequisiteError naming the file and the command that makes the directory anew.
+    """
+    try:
+        verify(model.directory)
+        listed = read_manifest(model.directory)["files"]
+        files = (path for path in model.directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+        names = {path.relative_to(model.directory).as_posix() for path in files}
+    except (DamagedCheckpoint, OSError) as error:
+        raise PrerequisiteError(f"{error}; {_remedy(model.name, model.directory, model.run)}") from error
+    if strangers := sorted(names - {MANIFEST, *listed}):
+        raise PrerequisiteError(
+            f"{model.directory / strangers[0]} is not in {MANIFEST}, so nothing says what it is; move it away"
+        )
+
+
+def _final(run_dir: Path, name: ModelName) -> Path:
+    link = run_dir / name / "final"
+    try:
+        return Path(os.path.realpath(link, strict=True))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remedy = f"run `python -m rlhf {name} --run {run_dir.resolve().name}` first"
+        other = "" if name == "reward" else f", or leave {name} out of APP_MODELS"
+        raise PrerequisiteError(f"{link} does not exist; {remedy}{other}") from error
+    except OSError as error:
+        raise PrerequisiteError(f"{link} cannot be followed: {error.strerror}; check the volume") from error
+
+
+def _remedy(name: str, directory: Path, run: str) -> str:
+    return f"move {directory} aside, then run `python -m rlhf {name} --run {run}`"
+
+
+def _check_prompt_version(config: PretrainedConfig, directory: Path) -> None:
+    version = getattr(config, "prompt_version", None)
+    if version is None:
+        raise PrerequisiteError(
+            f"{directory}/config.json names no prompt_version, so nothing says which prompt the model knows; "
+            f"train it with this release, whose version is {PROMPT_VERSION!r}"
+        )
+    if version != PROMPT_VERSION:
+        raise PrerequisiteError(
+            f"{directory}/config.json: prompt_version is {version!r}, and this service knows {PROMPT_VERSION!r} alone; "
+            "serve it with the release that trained it, or train it again"
+        )
+
+
+def _saved_limits(folders: Sequence[Path]) -> PromptConfig | None:
+    """The lengths that the run was trained with; PPO keeps its settings in the checkpoint, the others beside it.
+
+    Only this section is read, so that a key which another release had does not matter. Raises ValueError.
+    """
+    for path in (folder / CONFIG_FILE for folder in folders):
+        if not path.is_file():
+            continue
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return PromptConfig.model_validate(settings["prompt"])
+        except (yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} does not tell prompt.max_prompt_tokens: {reason}") from error
+    return None
+
+
+def _limits_of(positions: int | None) -> PromptConfig:
+    """For a model that comes without settings: the usual summary, and what the model can read beside it."""
+    usual = PromptConfig()
+    if positions is None:
+        return usual
+    response = min(usual.max_response_tokens, positions // 2)
+    return PromptConfig(max_prompt_tokens=positions - response, max_response_tokens=response)
