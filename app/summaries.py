@@ -1,0 +1,221 @@
+"""One call of /summarize: candidates are written, scored as each is done, and the best of each post is given."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+from app.encoding import EncodedPost, FieldErrors, encode_posts
+from app.fair_queue import Job, Outcome
+from app.incremental_text import IncrementalText
+from app.problems import ProblemError
+from app.schemas import Candidate, DoneEvent, SummarizeAnswer, SummarizeRequest, Summary, TokenEvent
+from app.scores import score_sequences
+from app.served import ServedRun
+from app.settings import Settings
+from rlhf.prompt import decode_response
+from rlhf.sampling import Sampling
+
+Hear = Callable[[TokenEvent], None]
+
+
+class SummarizeCall:
+    """The posts of one request on their way; nothing of it is left once it has been answered or given up."""
+
+    def __init__(
+        self, request: SummarizeRequest, served: ServedRun, *, sampling: Sampling, posts: Sequence[EncodedPost]
+    ) -> None:
+        self.seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        self._request = request
+        self._served = served
+        self._policy = served.policies[request.model]
+        self._sampling = sampling
+        self._posts = posts
+        self._accepted_at = time.monotonic()
+        self._jobs: list[list[Job]] = []
+
+    @classmethod
+    async def begin(
+        cls,
+        request: SummarizeRequest,
+        served: ServedRun,
+        settings: Settings,
+        tokenizing: Executor,
+        *,
+        hear: Hear | None = None,
+    ) -> SummarizeCall:
+        """Judge the request, tokenise its posts and line them up.
+
+        hear is told of every piece of text as it is written. Raises ProblemError for a request that is wrong or for
+        which there is no room; nothing has begun then.
+        """
+        sampling = _sampling(request, served, settings)
+        policy = served.policies[request.model].loaded
+        errors = FieldErrors()
+
+        def encode() -> list[EncodedPost]:
+            fits = policy.max_prompt_tokens
+            if policy.positions is not None:
+                fits = min(fits, policy.positions - sampling.max_new_tokens)
+            return encode_posts(
+                request.posts,
+                policy.tokenizer,
+                max_tokens=fits,
+                truncation=request.truncation,
+                field=lambda number: f"posts.{number}",
+                errors=errors,
+            )
+
+        with served.tracer.span("tokenize", {"posts": len(request.posts)}):
+            posts = await asyncio.get_running_loop().run_in_executor(tokenizing, encode)
+        errors.raise_any()
+        call = cls(request, served, sampling=sampling, posts=posts)
+        call._submit(hear)
+        return call
+
+    async def answer(self, request_id: str) -> SummarizeAnswer:
+        """All summaries, in the order of the posts."""
+        results = await _all([self._summary(index) for index in range(len(self._posts))])
+        return SummarizeAnswer(**self.done(request_id).model_dump(), results=results)
+
+    def done(self, request_id: str) -> DoneEvent:
+        """What is said once for all posts."""
+        info = self._policy.loaded.info
+        return DoneEvent(id=request_id, model=self._request.model, run=info.run, step=info.step, seed=self.seed)
+
+    async def summaries(self) -> AsyncIterator[Summary]:
+        """Each summary as soon as it is done."""
+        tasks = [asyncio.ensure_future(self._summary(index)) for index in range(len(self._posts))]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for pending in tasks:
+                pending.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def abandon(self) -> None:
+        """Give up: what still waits or runs frees its place."""
+        for job in (job for jobs in self._jobs for job in jobs):
+            if not job.outcome.cancel() and not job.outcome.cancelled():
+                job.outcome.exception()  # nobody else may ask for it, and asyncio complains of errors nobody saw
+
+    def _submit(self, hear: Hear | None) -> None:
+        loop, call = asyncio.get_running_loop(), object()
+        for index, post in enumerate(self._posts):
+            jobs = []
+            for number in range(self._request.best_of):
+                job = Job(
+                    call=call,
+                    ids=post.ids,
+                    cost=len(post.ids) + self._sampling.max_new_tokens,
+                    outcome=loop.create_future(),
+                    sampling=self._sampling,
+                    seed=(self.seed, number),
+                )
+                self._listen(job, index, number, hear)
+                jobs.append(job)
+            self._jobs.append(jobs)
+        everything = [job for jobs in self._jobs for job in jobs]
+        try:
+            self._policy.queue.submit(everything)
+        except ProblemError:
+            self.abandon()
+            raise
+
+    def _listen(self, job: Job, index: int, number: int, hear: Hear | None) -> None:
+        metrics, model = self._served.metrics, self._request.model
+        text = IncrementalText(self._policy.loaded.tokenizer)
+        begun = False
+
+        def on_token(token: int) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                metrics.first_token(model, time.monotonic() - self._accepted_at)
+            if hear is not None:
+                say(text.add(token))
+
+        def on_end(outcome: asyncio.Future[Outcome]) -> None:
+            if hear is not None and not outcome.cancelled():
+                say(text.rest())
+
+        def say(piece: str) -> None:
+            if hear is not None and piece:
+                hear(TokenEvent(index=index, candidate=number, text=piece))
+
+        job.on_token = on_token
+        job.outcome.add_done_callback(on_end)  # called before whoever awaits the outcome goes on
+
+    async def _summary(self, index: int) -> Summary:
+        post, request = self._posts[index], self._request
+        candidates = await _all([self._candidate(post, job) for job in self._jobs[index]])
+        ranked = sorted(candidates, key=lambda candidate: -(candidate.score or 0.0))
+        if not request.return_scores:
+            ranked = [candidate.model_copy(update={"score": None}) for candidate in ranked]
+        return Summary(
+            **ranked[0].model_dump(),
+            index=index,
+            prompt_tokens=len(post.ids),
+            cut_tokens=post.cut_tokens,
+            candidates=ranked if request.return_candidates else None,
+        )
+
+    async def _candidate(self, post: EncodedPost, job: Job) -> Candidate:
+        metrics, tracer, model = self._served.metrics, self._served.tracer, self._request.model
+        with tracer.span("generate", {"model": model, "prompt_tokens": len(post.ids)}):
+            outcome: Outcome = await job.outcome
+        score = None
+        if self._request.return_scores or self._request.best_of > 1:
+            sequence = [*post.ids, *outcome.tokens]
+            with tracer.span("score"):
+                [score] = await score_sequences(self._served, [sequence], call=job.call, accepted=True)
+            metrics.summary_scored(model, score)
+        finish = outcome.finish
+        metrics.summary_finished(model, finish, prompt_tokens=len(post.ids), generation_tokens=len(outcome.tokens))
+        return Candidate(
+            summary=decode_response(self._policy.loaded.tokenizer, outcome.tokens),
+            score=score,
+            finish_reason=finish,
+            completion_tokens=len(outcome.tokens),
+        )
+
+
+def _sampling(request: SummarizeRequest, served: ServedRun, settings: Settings) -> Sampling:
+    """How tokens are chosen. Raises ProblemError naming the field that this service cannot do."""
+    errors = FieldErrors()
+    if request.model not in served.policies:
+        errors.add("model", f"{request.model} is not served here; choose from {', '.join(served.policies)}")
+        errors.raise_any()
+    most = served.policies[request.model].loaded.max_new_tokens
+    if len(request.posts) > settings.max_posts:
+        errors.add("posts", f"{len(request.posts)} posts are more than {settings.max_posts}; send several requests")
+    if request.best_of > settings.max_best_of:
+        errors.add("best_of", f"{request.best_of} is more than {settings.max_best_of}")
+    if request.best_of > 1 and request.temperature == 0:
+        errors.add("temperature", "greedy candidates are all the same; with best_of above 1 it must be above 0")
+    if request.max_new_tokens is not None and request.max_new_tokens > most:
+        errors.add("max_new_tokens", f"{request.max_new_tokens} is more than {most}, for which the policy was trained")
+    if request.timeout_seconds is not None and request.timeout_seconds > settings.timeout_seconds:
+        errors.add("timeout_seconds", f"{request.timeout_seconds:g} is more than {settings.timeout_seconds:g}")
+    errors.raise_any()
+    drawn = 1.0 if request.best_of > 1 else 0.0
+    return Sampling(
+        max_new_tokens=request.max_new_tokens or most,
+        temperature=drawn if request.temperature is None else request.temperature,
+        top_p=request.top_p,
+    )
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """The results in order; the first failure cancels the rest."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
