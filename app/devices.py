@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil
 import torch
 
+from app import cgroups
 from rlhf.errors import ConfigError
 from rlhf.runtime import torch_dtype
-
-CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def choose_device(setting: str, value: str) -> torch.device:
@@ -54,50 +50,5 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available: int = psutil.virtual_memory().available
-    left = cgroup_room(CGROUPS, MEMBERSHIP)
+    left = cgroups.memory_room(cgroups.CGROUPS, cgroups.MEMBERSHIP)
     return available if left is None else min(available, left)
-
-
-def cgroup_room(root: Path, membership: Path) -> int | None:
-    """Bytes left below the tightest memory limit of this process's control groups, version 1 or 2.
-
-    membership is laid out as /proc/self/cgroup. None where no group sets a limit.
-    """
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
-        return None
-    rooms: list[int | None] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            rooms += _rooms(root, path, limit="memory.max", used="memory.current", prefix="")
-        elif "memory" in controllers.split(","):
-            names = {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "prefix": "total_"}
-            rooms += _rooms(root / "memory", path, **names)
-    return min((room for room in rooms if room is not None), default=None)
-
-
-def _rooms(mount: Path, path: str, *, limit: str, used: str, prefix: str) -> list[int | None]:
-    """What the group and each one above it leave.
-
-    In a container the group's own path may not exist below the mount, which then is the group itself.
-    """
-    group = mount / path.lstrip("/")
-    groups = [folder for folder in (group, *group.parents) if folder.is_relative_to(mount)]
-    return [_room(folder, limit=limit, used=used, prefix=prefix) for folder in groups]
-
-
-def _room(folder: Path, *, limit: str, used: str, prefix: str) -> int | None:
-    try:
-        most = (folder / limit).read_text(encoding="utf-8").strip()
-        taken = int((folder / used).read_text(encoding="utf-8"))
-        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-    except OSError:  # no such group, or one without a limit, as the topmost
-        return None
-    if most == "max":
-        return None
-    # Files that were read count as used, but the kernel drops them when the room is needed; and a checkpoint
-    # that has just been verified is such a file.
-    cached = int(facts.get(f"{prefix}inactive_file", 0)) + int(facts.get(f"{prefix}active_file", 0))
-    return max(int(most) - taken + cached, 0)

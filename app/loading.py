@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app import cgroups
 from app.devices import choose_device, choose_dtype
 from app.memory import ROOM_REMEDY, NoRoom, Workload, check_room, model_need, total_need
 from app.published import ModelName, Published, describe, model_names, published, verify_whole
@@ -72,8 +73,9 @@ def load_run(settings: Settings, *, on_phase: Callable[[str], None], beside: boo
     being done. Raises PrerequisiteError for a model that is missing, damaged or unfit, ConfigError for a device
     or an engine that is not there, NoRoom for too little memory.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    # Half of the cores, since a policy and the reward model work at the same time.
+    cores = cgroups.usable_cores(cgroups.CGROUPS, cgroups.MEMBERSHIP)
+    torch.set_num_threads(settings.threads or max(1, cores // 2))
     directories = published(settings)
     try:
         return _load(settings, directories, on_phase=on_phase, beside=beside)

@@ -51,7 +51,9 @@ class Settings(BaseSettings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "of the weights; `auto` is float32 on the CPU and bfloat16 on CUDA"
     )
-    threads: int | None = setting(None, "CPU threads of a model; torch chooses when empty", unit="threads", ge=1)
+    threads: int | None = setting(
+        None, "CPU threads of a model; half of the cores that the process may use when empty", unit="threads", ge=1
+    )
     watch: bool = setting(False, "load what `final` names whenever it changes")
     watch_seconds: Seconds = setting(10, "how often `final` is looked at, with watch", unit="seconds")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from rlhf.checkpoint import StageDir
+from rlhf.config import Config
 from rlhf.models import stamp_prompt_version
 from rlhf.pipeline import CONFIG_FILE
 from tests.fakes import tiny_policy, tiny_reward_model
@@ -38,14 +39,17 @@ def publish_reward_model(run_dir: Path, *, step: int, seed: int) -> Path:
     return publish_model(run_dir, "reward", tiny_reward_model(tiny_policy(seed=seed), shift=0.25), step=step)
 
 
-def publish_model(run_dir: Path, stage: str, model: PreTrainedModel, *, step: int) -> Path:
+def publish_model(
+    run_dir: Path, stage: str, model: PreTrainedModel, *, step: int, config: Config | None = None
+) -> Path:
     """Publish any model with the byte tokenizer, as the stages do: PPO alone keeps its settings in the checkpoint."""
+    settings = (config or tiny_config()).to_yaml()
     stamp_prompt_version(model)
     directory = StageDir(run_dir, stage)
     with directory.publish(step, final=True) as work:
         model.save_pretrained(work)
         byte_tokenizer().save_pretrained(work)
         if stage == "ppo":
-            (work / CONFIG_FILE).write_text(tiny_config().to_yaml(), encoding="utf-8")
-    (directory.path / CONFIG_FILE).write_text(tiny_config().to_yaml(), encoding="utf-8")
+            (work / CONFIG_FILE).write_text(settings, encoding="utf-8")
+    (directory.path / CONFIG_FILE).write_text(settings, encoding="utf-8")
     return (directory.path / "final").resolve()

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from app import devices
+from app import cgroups
 from app.loading import LoadedRun, load_run, published
 from app.memory import NoRoom
 from app.settings import Settings
@@ -297,8 +297,8 @@ def test_too_little_memory_is_told_before_anything_is_read_whole(
     (tmp_path / "cgroup").write_text("0::/\n")
     for name, text in (("memory.max", "9000"), ("memory.current", "8000"), ("memory.stat", "anon 8000\n")):
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
-    monkeypatch.setattr(devices, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "MEMBERSHIP", tmp_path / "cgroup")
     phases: list[str] = []
     with pytest.raises(NoRoom, match=r"the models need 0\.\d GiB on cpu, where 0\.0 GiB are free"):
         load(run_dir, on_phase=phases.append)
@@ -317,6 +317,12 @@ def test_a_device_that_runs_out_of_memory(run_dir: Path, monkeypatch: pytest.Mon
 def test_threads_are_set(run_dir: Path) -> None:
     load(run_dir, threads=2)
     assert torch.get_num_threads() == 2
+
+
+def test_threads_are_half_of_the_cores(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "usable_cores", lambda root, membership: 7)
+    load(run_dir)
+    assert torch.get_num_threads() == 3
 
 
 def test_the_weights_are_no_pages_of_the_checkpoint(run_dir: Path) -> None:

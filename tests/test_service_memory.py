@@ -11,69 +11,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app import devices
-from app.devices import cgroup_room, choose_device, choose_dtype, free_bytes
+from app import cgroups
+from app.devices import choose_device, choose_dtype, free_bytes
 from app.memory import GIB, Need, NoRoom, Workload, check_room, count_parameters, model_need, total_need
 from rlhf.errors import ConfigError, PrerequisiteError
 from tests.conftest import REPOSITORY
 from tests.fakes import tiny_llama, tiny_policy
+from tests.test_cgroups import group, membership
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def group(folder: Path, *, version: int, limit: str, used: int, inactive: int = 0, active: int = 0) -> None:
-    """The files of a memory control group, as the kernel lays them out."""
-    limit_file, used_file, prefix = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-        2: ("memory.max", "memory.current", ""),
-    }[version]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / limit_file).write_text(f"{limit}\n")
-    (folder / used_file).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 1\n{prefix}inactive_file {inactive}\n{prefix}active_file {active}\n")
-
-
-def membership(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "cgroup"
-    path.write_text(text)
-    return path
-
-
-def test_files_that_were_read_count_as_free_below_a_limit(tmp_path: Path) -> None:
-    group(tmp_path / "fs", version=2, limit="1000", used=700, inactive=100, active=50)
-    assert cgroup_room(tmp_path / "fs", membership(tmp_path, "0::/\n")) == 1000 - 700 + 100 + 50
-
-
-def test_the_tightest_group_counts_and_the_topmost_has_no_files(tmp_path: Path) -> None:
-    root = tmp_path / "fs"
-    group(root / "kubepods" / "pod1", version=2, limit="500", used=450)
-    group(root / "kubepods" / "pod1" / "main", version=2, limit="max", used=300)
-    group(root / "kubepods", version=2, limit="5000", used=1000)
-    assert cgroup_room(root, membership(tmp_path, "0::/kubepods/pod1/main\n")) == 50
-
-
-def test_no_limit_anywhere_is_told(tmp_path: Path) -> None:
-    group(tmp_path / "fs" / "user", version=2, limit="max", used=300)
-    assert cgroup_room(tmp_path / "fs", membership(tmp_path, "0::/user\n")) is None
-    assert cgroup_room(tmp_path / "fs", tmp_path / "absent") is None
-
-
-def test_version_1_beside_an_empty_version_2(tmp_path: Path) -> None:
-    root = tmp_path / "fs"
-    group(root / "memory" / "docker" / "abc", version=1, limit="2000", used=1900, inactive=300)
-    (root / "unified").mkdir()
-    path = membership(tmp_path, "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/docker/abc\n")
-    assert cgroup_room(root, path) == 2000 - 1900 + 300
-
-
-def test_a_container_sees_its_own_group_at_the_mount(tmp_path: Path) -> None:
-    group(tmp_path / "fs" / "memory", version=1, limit="800", used=900, inactive=50)
-    assert cgroup_room(tmp_path / "fs", membership(tmp_path, "4:memory:/kubepods/pod1/abc\n")) == 0
-
-
 def test_free_on_the_cpu_is_the_smaller_of_machine_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "MEMBERSHIP", membership(tmp_path, "0::/\n"))
-    monkeypatch.setattr(devices, "CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(cgroups, "MEMBERSHIP", membership(tmp_path, "0::/\n"))
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path / "fs")
     unlimited = free_bytes(CPU)
     assert unlimited > 2**20
     group(tmp_path / "fs", version=2, limit=str(2**62), used=0)
