@@ -59,6 +59,9 @@ def command_serve(options: argparse.Namespace) -> int:
 
     settings = Settings.from_environment()
     with listen(settings.host, settings.port) as listener:
+        from rlhf.runtime import announce_device
+
+        announce_device()
         from prometheus_client import disable_created_metrics
 
         from app.logs import configure_service_logging

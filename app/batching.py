@@ -71,9 +71,8 @@ class JobQueue:
         """The next batch, of `count` jobs at most."""
         self._sweep()
         with self._lock:
-            if count < 1 or not len(self._waiting):
-                return []
-            self._waiting.take_if(lambda job: job.abandoned)
+            if count >= 1:
+                self._waiting.take_if(lambda job: job.abandoned)
             jobs = self._waiting.take(count=count, tokens=self._limits.batch_tokens)
             waiting = len(self._waiting)
         now = time.monotonic()
@@ -95,6 +94,8 @@ class JobQueue:
         with self._lock:
             self._death = f"the thread of model {self._model} has died ({type(error).__name__})"
             waiting = self._waiting.take_if(lambda job: True)
+        self._metrics.set_waiting(self._model, 0)
+        self._metrics.set_running(self._model, 0)
         self.settle([(job, ProblemError(ENGINE_DEAD, self._death)) for job in (*running, *waiting)])
 
     def _sweep(self) -> None:
@@ -162,6 +163,7 @@ class GenerationQueue:
         self._joining = jobs = self._queue.take(self._batch.room)
         finished = self._deliver(self._admit(jobs))
         self._joining = []
+        self._metrics.set_running(self._model, len(self._running))
         if self._running:
             self._metrics.step(self._model, len(self._running))
             finished += self._deliver(self._batch.step())
@@ -254,12 +256,22 @@ class ScoringQueue:
         begun = time.monotonic()
         self._metrics.batch_scored(len(self._running), sum(len(job.ids) for job in self._running))
         self._metrics.set_running(self._model, len(self._running))
-        scores = self._scorer.score([job.ids for job in self._running], allow_nonfinite=True).tolist()
+        outcomes = self._score(self._running)
         self._queue.finished(self._running, busy_seconds=time.monotonic() - begun)
-        self._queue.settle([(job, self._outcome(score)) for job, score in zip(self._running, scores, strict=True)])
+        self._queue.settle(list(zip(self._running, outcomes, strict=True)))
         self._running = []
         self._metrics.set_running(self._model, 0)
         return True
+
+    def _score(self, jobs: Sequence[Job]) -> list[Outcome | ProblemError]:
+        try:
+            scores = self._scorer.score([job.ids for job in jobs], allow_nonfinite=True)
+        except ValueError as error:
+            if len(jobs) == 1:
+                return [ProblemError(INVALID_REQUEST, str(error))]
+            # Find the one that the model cannot take, and serve the others.
+            return [outcome for job in jobs for outcome in self._score([job])]
+        return [self._outcome(score) for score in scores.tolist()]
 
     def _outcome(self, score: float) -> Outcome | ProblemError:
         if math.isfinite(score):

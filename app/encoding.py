@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.problems import INVALID_REQUEST, ProblemError
 from app.schemas import FieldProblem, PostInput, Truncation
-from rlhf.prompt import Post, encode_prompt, encode_response, parse_prompt
+from rlhf.prompt import Post, encode_prompt, encode_response, parse_prompt, parse_summary
 
 MAX_ERRORS = 100
 
@@ -89,10 +89,10 @@ def _encode_post(
 def encode_summary(
     summary: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None, field: str, errors: FieldErrors
 ) -> list[int]:
-    """A summary with its end-of-text token; one that does not fit is an error under `field`."""
+    """A summary, read as the data is, with its end-of-text token; one that does not fit is an error under `field`."""
     try:
-        ids = encode_response(tokenizer, summary.strip())
-    except (UnicodeEncodeError, ValueError) as error:
+        ids = encode_response(tokenizer, parse_summary(summary))
+    except ValueError as error:
         errors.add(field, str(error))
         return []
     if max_tokens is not None and len(ids) > max_tokens:

@@ -29,7 +29,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def events() -> dict[str, Any]:
     """The schema of each event of a stream, in which it is an object of its fields."""
-    told = {"token": TokenEvent, "result": Summary, "done": DoneEvent, "error": Problem}
+    told: dict[str, type[BaseModel]] = {"token": TokenEvent, "result": Summary, "done": DoneEvent, "error": Problem}
     return {"type": "object", "oneOf": [_event(name, model) for name, model in told.items()]}
 
 

@@ -52,17 +52,24 @@ class Drainable(Protocol):
         """Wait until all that was accepted is done."""
         ...
 
+    async def close(self) -> None:
+        """End all threads, and send what is still to be told."""
+        ...
+
 
 def listen(host: str, port: int) -> socket.socket:
     """Take the port, before anything heavy is loaded. Raises ConfigError when that cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except socket.gaierror as error:
         raise ConfigError(f"APP_HOST={host} is no address of this machine: {error.strerror}") from error
     except OSError as error:
         reason, remedy = os.strerror(error.errno or 0), "stop what uses the port, or set APP_PORT to another"
         raise ConfigError(f"cannot listen on APP_HOST={host} APP_PORT={port}: {reason}; {remedy}") from error
+    # asyncio's own loop leaves it off, and small answers then wait for the caller's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def run(app: ASGIApp, service: Drainable, settings: Settings, listener: socket.socket) -> None:
@@ -96,6 +103,7 @@ class Server(uvicorn.Server):
         finally:
             loading.cancel()
             self._leave_after(LEAVING_SECONDS)
+            await self._service.close()
 
     def _loaded(self, loading: asyncio.Task[None]) -> None:
         if self._stopping is None and not loading.cancelled() and (error := loading.exception()):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from app.loading import load_run, published
@@ -61,7 +62,7 @@ class Service:
         self._state = "ready"
         self._say("serving")
         if self.settings.watch:
-            self._watching = asyncio.create_task(self._watch(self._served))
+            self._watching = asyncio.create_task(self._watch(run.directories))
 
     @contextmanager
     def held(self) -> Iterator[ServedRun]:
@@ -165,11 +166,12 @@ class Service:
         self._retired.add(task)
         task.add_done_callback(self._retired.discard)
 
-    async def _watch(self, served: ServedRun) -> None:
+    async def _watch(self, served: Mapping[str, Path]) -> None:
+        # Not the run itself: this task lives as long as the service, and would keep its models in memory.
         watcher = FinalWatcher(
             lambda: published(self.settings),
             self.reload,
-            served=served.run.directories,
+            served=served,
             every_seconds=self.settings.watch_seconds,
         )
         await watcher.run()

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-6
+"""Whatever is below samples as this does: the likeliest token. Divided by less, float32 logits would overflow."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,7 +55,7 @@ def choose_tokens(logits_AV: Tensor, sampling: Sampling, chances_A: Tensor, *, b
         logits_AV[:, blocked] = -torch.inf
     if sampling.temperature == 0:
         return logits_AV.argmax(dim=-1)
-    logits_AV = _narrow(logits_AV / sampling.temperature, sampling)
+    logits_AV = _narrow(logits_AV / max(sampling.temperature, LEAST_TEMPERATURE), sampling)
     # In float64, so that rare tokens of a large vocabulary keep their share of the sum.
     cumulative_AV = logits_AV.double().softmax(dim=-1).cumsum(dim=-1)
     # Below the total, since a chance is at most 1 - 2^-53; so no token of probability 0 is hit at either end.
@@ -70,7 +73,9 @@ def _narrow(logits_AV: Tensor, sampling: Sampling) -> Tensor:
         sorted_AV, order_AV = logits_AV.sort(dim=-1, descending=True)
         probabilities_AV = sorted_AV.softmax(dim=-1)
         likelier_AV = probabilities_AV.cumsum(dim=-1) - probabilities_AV
-        excluded_AV = (likelier_AV >= sampling.top_p).scatter(1, order_AV, likelier_AV >= sampling.top_p)
+        beyond_AV = likelier_AV >= sampling.top_p
+        beyond_AV[:, 0] = False  # the likeliest stays, even with a top_p that is 0 in float32
+        excluded_AV = beyond_AV.scatter(1, order_AV, beyond_AV)
         logits_AV = logits_AV.masked_fill(excluded_AV, -torch.inf)
     return logits_AV
 

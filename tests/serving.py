@@ -13,9 +13,13 @@ from typing import Any
 import httpx
 
 from app.main import create_app
+from app.problems import MEDIA_TYPE
 from app.server import Server, listen
 from app.service import Service
 from app.settings import Settings
+from rlhf.prompt import Post
+
+THINGS = ("cat", "dog", "car", "house", "boss", "cake", "phone", "exam", "key", "job", "bike", "bag")
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,9 @@ def serving_run(run_dir: Path, **settings: Any) -> Iterator[Serving]:
     service = _Announcing(chosen)
     server = Server(create_app(chosen, service), service, chosen)
 
-    async def serve() -> None:
-        try:
-            await server.serve([listener])
-        finally:
-            await service.close()
-
     def run() -> None:
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(serve())
+            runner.run(server.serve([listener]))
 
     with listen(chosen.host, chosen.port) as listener:
         thread = threading.Thread(target=run)
@@ -75,3 +73,24 @@ def serving_run(run_dir: Path, **settings: Any) -> Iterator[Serving]:
             server.config.timeout_graceful_shutdown = 1
             server.should_exit = True
             thread.join()
+
+
+def post_of(number: int) -> Post:
+    """One of 48 short posts, all different."""
+    thing = THINGS[number % len(THINGS)]
+    return Post("pets", f"my {thing}", f"I lost my {thing}" + " today" * (number // len(THINGS) % 4))
+
+
+def fields(post: Post) -> dict[str, str]:
+    """A post as it is sent."""
+    return {"subreddit": post.subreddit, "title": post.title, "body": post.body}
+
+
+def refusal(answer: httpx.Response, status: int = 422, kind: str = "invalid-request") -> dict[str, str]:
+    """By field, what is wrong; after a look at the rest of the problem document."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == MEDIA_TYPE
+    problem = answer.json()
+    assert (problem["status"], problem["type"]) == (status, f"/problems/{kind}")
+    assert (problem["instance"], problem["request_id"]) == (answer.request.url.path, answer.headers["x-request-id"])
+    return {error["field"]: error["message"] for error in problem.get("errors", [])}

@@ -81,6 +81,8 @@ class FakeScorer:
         self.batches.append(len(sequences))
         if any(DEADLY in ids for ids in sequences):
             raise RuntimeError("the device is gone")
+        if any(BAD in ids for ids in sequences):
+            raise ValueError("token id 666 is bad")
         return torch.tensor([float("nan") if NOT_FINITE in ids else float(sum(ids)) for ids in sequences])
 
 
@@ -272,14 +274,15 @@ def test_scores_of_many_callers_share_batches() -> None:
     asyncio.run(run())
 
 
-def test_a_score_that_is_not_finite_fails_alone() -> None:
+def test_a_sequence_that_cannot_be_scored_fails_alone() -> None:
     async def run() -> None:
         async with scoring(FakeScorer()) as queue:
-            jobs = [job([1]), job([NOT_FINITE])]
+            jobs = [job([1]), job([NOT_FINITE]), job([BAD]), job([2])]
             queue.submit(jobs)
-            good, bad = await asyncio.gather(*(one.outcome for one in jobs), return_exceptions=True)
-        assert good.score == 1.0
-        assert bad.kind is INTERNAL
+            good, not_finite, bad, other = await asyncio.gather(*(one.outcome for one in jobs), return_exceptions=True)
+        assert (good.score, other.score) == (1.0, 2.0)
+        assert not_finite.kind is INTERNAL
+        assert bad.kind is INVALID_REQUEST
 
     asyncio.run(run())
 

@@ -57,6 +57,9 @@ class TinyService:
             self._idle.clear()
             await self._idle.wait()
 
+    async def close(self) -> None:
+        """There is nothing to end."""
+
     async def call(self) -> None:
         if self.draining:
             raise ProblemError(DRAINING, "no new work")
