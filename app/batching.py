@@ -67,6 +67,11 @@ class JobQueue:
             waiting = len(self._waiting)
         self._metrics.set_waiting(self._model, waiting)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there are jobs whose turn has not come."""
+        return len(self._waiting) > 0
+
     def take(self, count: int) -> list[Job]:
         """The next batch, of `count` jobs at most."""
         self._sweep()
@@ -157,7 +162,7 @@ class GenerationQueue:
         self.worker.close()
 
     def _turn(self) -> bool:
-        """Let in what has room, write one token of everything; whether anything is running."""
+        """Let in what has room, write one token of everything; whether there is more to do."""
         begun = time.monotonic()
         self._drop_abandoned()
         self._joining = jobs = self._queue.take(self._batch.room)
@@ -169,7 +174,7 @@ class GenerationQueue:
             finished += self._deliver(self._batch.step())
         self._metrics.set_running(self._model, len(self._running))
         self._queue.finished(finished, busy_seconds=time.monotonic() - begun)
-        return bool(self._running or jobs)
+        return bool(self._running or jobs or self._queue.waiting)
 
     def _drop_abandoned(self) -> None:
         gone = [key for key, job in self._running.items() if job.abandoned]

@@ -104,7 +104,7 @@ class Service:
         """Wait until all that was accepted has been answered."""
         if self._served is not None:
             await self._served.idle()
-        await asyncio.gather(*self._retired)
+        await asyncio.gather(*self._retired, return_exceptions=True)
 
     @property
     def calls(self) -> int:
@@ -145,6 +145,10 @@ class Service:
             raise self._kept(ProblemError(NO_ROOM, str(error))) from error
         except RlhfError as error:
             raise self._kept(ProblemError(RELOAD_FAILED, str(error))) from error
+        except Exception as error:
+            logger.exception("loading failed")
+            detail = f"loading failed ({type(error).__name__}); the log has the details"
+            raise self._kept(ProblemError(RELOAD_FAILED, detail)) from error
         finally:
             if self._state == "ready":
                 self._say("serving")

@@ -183,6 +183,41 @@ def test_a_caller_who_leaves_frees_the_place() -> None:
     asyncio.run(run())
 
 
+def test_what_was_waiting_is_not_counted_when_its_callers_have_left() -> None:
+    async def run() -> None:
+        batch, metrics = FakeBatch(slots=1), Metrics()
+        queue = GenerationQueue(batch, model="ppo", limits=LIMITS, metrics=metrics)
+
+        def waiting() -> float | None:
+            return metrics.registry.get_sample_value("rlhf_num_requests_waiting", {"model": "ppo"})
+
+        running, leaving = job([1], tokens=100_000), job([2])
+        queue.submit([running])
+        await until(lambda: running.written)
+        queue.submit([leaving])
+        await until(lambda: waiting() == 1)
+        leaving.outcome.cancel()
+        await until(lambda: waiting() == 0)
+        assert not running.outcome.done()
+        running.outcome.cancel()
+        await asyncio.to_thread(queue.close)
+
+    asyncio.run(run())
+
+
+def test_the_thread_does_not_sleep_while_work_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.worker.NAP_SECONDS", 3600.0)  # only a caller who comes would wake it
+
+    async def run() -> None:
+        async with generating(FakeBatch(slots=1)) as queue:
+            jobs = [job([number], tokens=2) for number in range(20)]
+            queue.submit(jobs)
+            async with asyncio.timeout(20):
+                await asyncio.gather(*(one.outcome for one in jobs))
+
+    asyncio.run(run())
+
+
 def test_what_waits_too_long_is_told_so() -> None:
     async def run() -> None:
         batch = FakeBatch(slots=1)
