@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import types
-import typing
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from app.settings import Settings, variable
+from rlhf.config_reference import type_name
 
 HEADER = """# Settings of the service
 
@@ -37,23 +33,9 @@ def settings_markdown() -> str:
             parts.append(f"\n## {SECTIONS[name]}\n\n")
             parts.append("| variable | meaning | unit | values | default |\n| --- | --- | --- | --- | --- |\n")
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        cells = [f"`{variable(name)}`", info.description, extra["unit"], _type_name(info.annotation), _default(info)]
+        cells = [f"`{variable(name)}`", info.description, extra["unit"], type_name(info.annotation), _default(info)]
         parts.append("| " + " | ".join(str(cell) for cell in cells) + " |\n")
     return "".join(parts)
-
-
-def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if origin is Literal:
-        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("empty" if a is type(None) else _type_name(a) for a in typing.get_args(annotation))
-    if origin is tuple:
-        return "list of " + _type_name(typing.get_args(annotation)[0])
-    names = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}
-    return names[annotation]
 
 
 def _default(info: FieldInfo) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import types
 import typing
 from itertools import groupby
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -31,7 +32,7 @@ def settings_markdown() -> str:
         for key, info in group:
             extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
             default = _default_text(info.get_default(call_default_factory=True))
-            cells = [f"`{key}`", info.description or "", extra["unit"], _type_name(info.annotation), default]
+            cells = [f"`{key}`", info.description or "", extra["unit"], type_name(info.annotation), default]
             parts.append("| " + " | ".join(str(cell) for cell in [*cells, extra["origin"]]) + " |\n")
     return "".join(parts)
 
@@ -43,15 +44,18 @@ def _heading(section: str) -> str:
     return f"\n## `{section}`\n\n{(schema.__doc__ or '').strip()}\n\n"
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """What values an annotation allows, in words for people."""
     origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return type_name(typing.get_args(annotation)[0])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("empty" if a is type(None) else _type_name(a) for a in typing.get_args(annotation))
+        return " or ".join("empty" if a is type(None) else type_name(a) for a in typing.get_args(annotation))
     if origin is tuple:
-        return "list of " + _type_name(typing.get_args(annotation)[0])
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+        return "list of " + type_name(typing.get_args(annotation)[0])
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
