@@ -68,6 +68,6 @@ def start_tracing(endpoint: str | None) -> Tracer:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"APP_OTLP_ENDPOINT={endpoint} needs OpenTelemetry, which is not installed ({error.name}); "
-            "install the extra: pip install 'rlhf-summarizer[otel]'"
+            "install the extra: pip install '.[otel]' in this project's folder"
         ) from error
     return OpenTelemetryTracer(endpoint)

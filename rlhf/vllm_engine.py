@@ -1,4 +1,4 @@
-"""vLLM behind the engines' interface, the extra for GPUs: `pip install 'rlhf-summarizer[vllm]'`.
+"""vLLM behind the engines' interface, the extra for GPUs: `pip install '.[vllm]'`.
 
 It runs in this process, takes token ids and gives token ids; no text passes through it and nothing is fetched.
 

@@ -27,7 +27,7 @@ from torch.distributed import GroupMember, ProcessGroup
 
 from rlhf.errors import ConfigError
 
-INSTALL = "pip install 'rlhf-summarizer[vllm]'"
+INSTALL = "pip install '.[vllm]' in this project's folder"
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights reach it as tensors

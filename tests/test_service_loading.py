@@ -451,5 +451,5 @@ def test_vllm_is_given_what_it_needs(run_dir: Path, monkeypatch: pytest.MonkeyPa
 
 def test_vllm_that_is_not_installed(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match=r"vLLM is not installed; install it: pip install 'rlhf-summarizer\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"vLLM is not installed; install it: pip install '\.\[vllm\]'"):
         load(run_dir, engine="vllm")

@@ -149,7 +149,7 @@ def test_without_an_endpoint_nothing_is_imported_and_nothing_happens() -> None:
 def test_missing_packages_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "app.otel", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"APP_OTLP_ENDPOINT=http://c:4318 needs .*rlhf-summarizer\[otel\]"):
+    with pytest.raises(ConfigError, match=r"APP_OTLP_ENDPOINT=http://c:4318 needs .*\.\[otel\]"):
         start_tracing("http://c:4318")
 
 

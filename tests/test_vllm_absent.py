@@ -41,7 +41,7 @@ def test_importing_the_engine_does_not_import_vllm() -> None:
 
 def test_without_vllm_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match=r"vLLM is not installed; install it: pip install 'rlhf-summarizer\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"vLLM is not installed; install it: pip install '\.\[vllm\]'"):
         VllmEngine(tmp_path, eos_id=EOS_ID, pad_id=PAD_ID, slots=2, device="cpu", dtype=torch.float32)
 
 
