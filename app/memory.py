@@ -25,6 +25,8 @@ ROOM_REMEDY = (
     "lower APP_SLOTS, set APP_POLICY_DEVICE or APP_REWARD_DEVICE to another device, or, when another run is being "
     "served, restart the service instead of reloading it"
 )
+CACHE_BLOCK = 128
+"""An engine sets the cache of a sequence aside in blocks of at most so many tokens."""
 HIDDEN_COPIES = 24
 """Hidden states' worth of tensors alive in a block: the residual, q, k, v, and the wide MLP before, in and after
 its activation."""
@@ -88,12 +90,13 @@ def model_need(config: PretrainedConfig, parameters: int, workload: Workload) ->
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     token_cache = 2 * text.num_hidden_layers * key_value_heads * head_size * size
+    columns = -(-workload.positions // CACHE_BLOCK) * CACHE_BLOCK
     read = workload.batch_tokens * (HIDDEN_COPIES * text.hidden_size * size + SCORE_BYTES * heads * workload.positions)
     choice = workload.sequences * text.vocab_size * CHOICE_BYTES
     return Need(
         device=workload.device,
         weights=parameters * size,
-        cache=workload.sequences * workload.positions * token_cache,
+        cache=workload.sequences * columns * token_cache,
         work=read + choice,
     )
 

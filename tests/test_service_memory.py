@@ -114,7 +114,7 @@ def workload(sequences: int, dtype: torch.dtype = torch.float32) -> Workload:
 def test_the_need_of_a_policy_by_hand() -> None:
     # 2 blocks of 2 heads of 16 numbers: keys and values of a token are 2 * 2 * 32 = 128 numbers.
     need = model_need(tiny_policy().config, 41988, workload(3))
-    assert (need.weights, need.cache) == (41988 * 4, 3 * 120 * 128 * 4)
+    assert (need.weights, need.cache) == (41988 * 4, 3 * 128 * 128 * 4)  # 120 positions take a block of 128
     # 1,000 tokens: 24 * 32 numbers of the block, and in each of 2 heads 120 others at 12 bytes; 3 rows of 260 logits.
     assert need.work == 1000 * (24 * 32 * 4 + 2 * 120 * 12) + 3 * 260 * 32
     assert model_need(tiny_policy().config, 41988, workload(3, torch.bfloat16)).cache == need.cache / 2
@@ -122,7 +122,7 @@ def test_the_need_of_a_policy_by_hand() -> None:
 
 def test_shared_key_value_heads_shrink_the_cache_and_a_reward_model_has_none() -> None:
     # 2 blocks of 2 key/value heads of 8 numbers.
-    assert model_need(tiny_llama().config, 1, workload(1)).cache == 120 * 2 * 2 * 16 * 4
+    assert model_need(tiny_llama().config, 1, workload(1)).cache == 128 * 2 * 2 * 16 * 4
     reward = model_need(tiny_llama().config, 1, workload(0))
     assert reward.cache == 0
     assert reward.work > 0
