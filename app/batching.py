@@ -47,7 +47,7 @@ class JobQueue:
     """Jobs waiting for one model; the event loop fills it, the model's thread empties it."""
 
     def __init__(self, *, model: str, limits: QueueLimits, metrics: Metrics) -> None:
-        self.loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self._model = model
         self._limits = limits
         self._metrics = metrics
@@ -123,8 +123,8 @@ class JobQueue:
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Run this in the event loop, unless that has ended."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(callback)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback)
 
 
 def _set_outcomes(settled: Sequence[Settled]) -> None:
@@ -206,6 +206,8 @@ class GenerationQueue:
         for new in news:
             job = self._running[new.key]
             if new.finish != "failed":
+                if not job.written:
+                    self._metrics.first_token(self._model, time.monotonic() - job.queued_at)
                 job.written.append(new.token)
                 if job.on_token is not None:
                     spoken.append((job, new.token))

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from app.problems import INVALID_REQUEST, ProblemError
 from app.schemas import FieldProblem, PostInput, Truncation
-from rlhf.prompt import Post, encode_prompt, encode_response, parse_prompt, parse_summary
+from rlhf.prompt import EncodedPrompt, Post, encode_prompt, encode_response, parse_prompt, parse_summary
 
 MAX_ERRORS = 100
-
-
-@dataclass(frozen=True)
-class EncodedPost:
-    """A prompt as the model reads it, and how many tokens the body lost to fit."""
-
-    ids: Sequence[int]
-    cut_tokens: int
 
 
 class FieldErrors:
@@ -32,6 +23,16 @@ class FieldErrors:
         """This field is wrong."""
         if len(self._found) < MAX_ERRORS:
             self._found.append(FieldProblem(field=field, message=message))
+
+    def check_count(self, field: str, count: int, most: int) -> None:
+        """A request may hold so many of these."""
+        if count > most:
+            self.add(field, f"{count} {field} are more than {most}; send several requests")
+
+    def check_timeout(self, seconds: float | None, most: float) -> None:
+        """A caller may ask for less time than the service gives, not for more."""
+        if seconds is not None and seconds > most:
+            self.add("timeout_seconds", f"{seconds:g} is more than {most:g}")
 
     def raise_any(self) -> None:
         """End the request if any field was wrong."""
@@ -57,7 +58,7 @@ def encode_posts(
     truncation: Truncation,
     field: Callable[[int], str],
     errors: FieldErrors,
-) -> list[EncodedPost]:
+) -> list[EncodedPrompt]:
     """Prompts in the order given; for one that does not fit, an error under field(number) and an empty prompt."""
     return [
         _encode_post(given, tokenizer, max_tokens, truncation, field(number), errors)
@@ -72,18 +73,18 @@ def _encode_post(
     truncation: Truncation,
     field: str,
     errors: FieldErrors,
-) -> EncodedPost:
+) -> EncodedPrompt:
     try:
         encoded = encode_prompt(tokenizer, to_post(given), max_tokens=max_tokens)
     except ValueError as error:
         errors.add(field, str(error))
-        return EncodedPost((), 0)
+        return EncodedPrompt([], 0)
     if encoded.cut_tokens and truncation == "error":
         whole = len(encoded.ids) + encoded.cut_tokens
         errors.add(
             field, f"the post has {whole} tokens and {max_tokens} fit; shorten it, or send truncation: body to cut it"
         )
-    return EncodedPost(encoded.ids, encoded.cut_tokens)
+    return encoded
 
 
 def encode_summary(

@@ -27,8 +27,6 @@ from rlhf.prompt import PROMPT_VERSION
 from rlhf.scoring import Scorer
 from rlhf.tokenizer import load_tokenizer
 
-__all__ = ["LoadedPolicy", "LoadedReward", "LoadedRun", "load_run", "published"]
-
 logger = logging.getLogger(__name__)
 
 

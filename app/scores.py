@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Executor
 
-from app.encoding import EncodedPost, FieldErrors, encode_posts, encode_summary
+from app.encoding import FieldErrors, encode_posts, encode_summary
 from app.fair_queue import Job
 from app.schemas import Score, ScoreAnswer, ScoreRequest
 from app.served import ServedRun
 from app.settings import Settings
+from rlhf.prompt import EncodedPrompt
 
 
 async def score_sequences(
@@ -36,10 +37,8 @@ async def score(
 ) -> ScoreAnswer:
     """Scores in the order of the items. Raises ProblemError for items that are wrong or for which there is no room."""
     errors = FieldErrors()
-    if len(request.items) > settings.max_items:
-        errors.add("items", f"{len(request.items)} items are more than {settings.max_items}; send several requests")
-    if request.timeout_seconds is not None and request.timeout_seconds > settings.timeout_seconds:
-        errors.add("timeout_seconds", f"{request.timeout_seconds:g} is more than {settings.timeout_seconds:g}")
+    errors.check_count("items", len(request.items), settings.max_items)
+    errors.check_timeout(request.timeout_seconds, settings.timeout_seconds)
     errors.raise_any()
     encode = asyncio.get_running_loop().run_in_executor(tokenizing, _encode, request, served, errors)
     posts, summaries, references = await encode
@@ -64,7 +63,7 @@ async def score(
 
 def _encode(
     request: ScoreRequest, served: ServedRun, errors: FieldErrors
-) -> tuple[list[EncodedPost], list[list[int]], list[list[int] | None]]:
+) -> tuple[list[EncodedPrompt], list[list[int]], list[list[int] | None]]:
     """Prompts, summaries and references as token ids; what does not fit is added to errors."""
     reward = served.reward
     posts = encode_posts(
@@ -87,7 +86,7 @@ def _encode(
     return posts, summaries, references
 
 
-def _result(index: int, post: EncodedPost, summary_tokens: int, score: float, reference: float | None) -> Score:
+def _result(index: int, post: EncodedPrompt, summary_tokens: int, score: float, reference: float | None) -> Score:
     return Score(
         index=index,
         score=score,

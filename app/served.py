@@ -52,11 +52,6 @@ class ServedRun:
         self._idle.set()
 
     @property
-    def calls(self) -> int:
-        """Calls being answered."""
-        return self._calls
-
-    @property
     def models(self) -> list[ModelInfo]:
         """What is served."""
         return [*(policy.info for policy in self.run.policies.values()), self.reward.info]

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from app.loading import load_run, published
+from app.loading import load_run
 from app.memory import NoRoom
 from app.metrics import Metrics
 from app.problems import DRAINING, ENGINE_DEAD, NO_ROOM, NOT_READY, RELOAD_FAILED, ProblemError
+from app.published import published
 from app.schemas import Health, ReloadAnswer
 from app.served import ServedRun
 from app.settings import Settings
@@ -29,13 +29,6 @@ TOKENIZING_THREADS = 2
 State = Literal["starting", "ready", "draining", "closed"]
 
 
-@dataclass
-class Phase:
-    """What the service is doing, in words; a thread that loads writes it, the probes read it."""
-
-    words: str = "starting"
-
-
 class Service:
     """One run behind HTTP. All methods are for the event loop, and only `load`, `drained` and `close` take long."""
 
@@ -46,7 +39,7 @@ class Service:
         self.tracer = start_tracing(settings.otlp_endpoint)
         self.tokenizing = ThreadPoolExecutor(TOKENIZING_THREADS, thread_name_prefix="tokenize")
         self._state: State = "starting"
-        self._phase = Phase()
+        self._phase = "starting"  # in words; a thread that loads writes it, the probes read it
         self._served: ServedRun | None = None
         self._retired: set[asyncio.Task[None]] = set()
         self._reloading = asyncio.Lock()
@@ -70,7 +63,7 @@ class Service:
         if self._state in ("draining", "closed"):
             raise ProblemError(DRAINING, "the service is stopping and takes no new work")
         if self._served is None:
-            raise ProblemError(NOT_READY, f"the service is not ready: {self._phase.words}")
+            raise ProblemError(NOT_READY, f"the service is not ready: {self._phase}")
         if trouble := self._served.trouble(stall_seconds=self.settings.stall_seconds):
             raise ProblemError(ENGINE_DEAD, trouble)
         with self._served.held() as served:
@@ -106,11 +99,6 @@ class Service:
             await self._served.idle()
         await asyncio.gather(*self._retired, return_exceptions=True)
 
-    @property
-    def calls(self) -> int:
-        """Calls being answered by what is served now."""
-        return 0 if self._served is None else self._served.calls
-
     async def close(self) -> None:
         """End all threads and tasks."""
         self._state = "closed"
@@ -126,16 +114,16 @@ class Service:
     def live(self) -> Health:
         """Whether the process is worth keeping; `failed` when a model's thread has died or hangs."""
         trouble = self._served and self._served.trouble(stall_seconds=self.settings.stall_seconds)
-        return Health(status="failed", phase=trouble) if trouble else Health(status="ok", phase=self._phase.words)
+        return Health(status="failed", phase=trouble) if trouble else Health(status="ok", phase=self._phase)
 
     def started(self) -> Health:
         """Whether the first load is over, and how far it is."""
-        return Health(status="starting" if self._served is None else "ok", phase=self._phase.words)
+        return Health(status="starting" if self._served is None else "ok", phase=self._phase)
 
     def ready(self) -> Health:
         """Whether new work is taken."""
         if self._state in ("draining", "closed"):
-            return Health(status="draining", phase=self._phase.words)
+            return Health(status="draining", phase=self._phase)
         return self.live() if self._served is not None else self.started()
 
     async def _load_beside(self) -> ServedRun:
@@ -181,4 +169,4 @@ class Service:
         await watcher.run()
 
     def _say(self, words: str) -> None:
-        self._phase.words = words
+        self._phase = words

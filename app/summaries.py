@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from app.encoding import EncodedPost, FieldErrors, encode_posts
+from app.encoding import FieldErrors, encode_posts
 from app.fair_queue import Job, Outcome
 from app.incremental_text import IncrementalText
 from app.problems import ProblemError
@@ -17,7 +16,7 @@ from app.schemas import Candidate, DoneEvent, SummarizeAnswer, SummarizeRequest,
 from app.scores import score_sequences
 from app.served import ServedRun
 from app.settings import Settings
-from rlhf.prompt import decode_response
+from rlhf.prompt import EncodedPrompt, decode_response
 from rlhf.sampling import Sampling
 
 Hear = Callable[[TokenEvent], None]
@@ -27,7 +26,7 @@ class SummarizeCall:
     """The posts of one request on their way; nothing of it is left once it has been answered or given up."""
 
     def __init__(
-        self, request: SummarizeRequest, served: ServedRun, *, sampling: Sampling, posts: Sequence[EncodedPost]
+        self, request: SummarizeRequest, served: ServedRun, *, sampling: Sampling, posts: Sequence[EncodedPrompt]
     ) -> None:
         self.seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         self._request = request
@@ -35,7 +34,6 @@ class SummarizeCall:
         self._policy = served.policies[request.model]
         self._sampling = sampling
         self._posts = posts
-        self._accepted_at = time.monotonic()
         self._jobs: list[list[Job]] = []
 
     @classmethod
@@ -57,7 +55,7 @@ class SummarizeCall:
         policy = served.policies[request.model].loaded
         errors = FieldErrors()
 
-        def encode() -> list[EncodedPost]:
+        def encode() -> list[EncodedPrompt]:
             fits = policy.max_prompt_tokens
             if policy.positions is not None:
                 fits = min(fits, policy.positions - sampling.max_new_tokens)
@@ -117,7 +115,8 @@ class SummarizeCall:
                     sampling=self._sampling,
                     seed=(self.seed, number),
                 )
-                self._listen(job, index, number, hear)
+                if hear is not None:
+                    self._listen(job, index, number, hear)
                 jobs.append(job)
             self._jobs.append(jobs)
         everything = [job for jobs in self._jobs for job in jobs]
@@ -127,28 +126,18 @@ class SummarizeCall:
             self.abandon()
             raise
 
-    def _listen(self, job: Job, index: int, number: int, hear: Hear | None) -> None:
-        metrics, model = self._served.metrics, self._request.model
+    def _listen(self, job: Job, index: int, number: int, hear: Hear) -> None:
         text = IncrementalText(self._policy.loaded.tokenizer)
-        begun = False
-
-        def on_token(token: int) -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                metrics.first_token(model, time.monotonic() - self._accepted_at)
-            if hear is not None:
-                say(text.add(token))
 
         def on_end(outcome: asyncio.Future[Outcome]) -> None:
-            if hear is not None and not outcome.cancelled():
+            if not outcome.cancelled():
                 say(text.rest())
 
         def say(piece: str) -> None:
-            if hear is not None and piece:
+            if piece:
                 hear(TokenEvent(index=index, candidate=number, text=piece))
 
-        job.on_token = on_token
+        job.on_token = lambda token: say(text.add(token))
         job.outcome.add_done_callback(on_end)  # called before whoever awaits the outcome goes on
 
     async def _summary(self, index: int) -> Summary:
@@ -165,7 +154,7 @@ class SummarizeCall:
             candidates=ranked if request.return_candidates else None,
         )
 
-    async def _candidate(self, post: EncodedPost, job: Job) -> Candidate:
+    async def _candidate(self, post: EncodedPrompt, job: Job) -> Candidate:
         metrics, tracer, model = self._served.metrics, self._served.tracer, self._request.model
         with tracer.span("generate", {"model": model, "prompt_tokens": len(post.ids)}):
             outcome: Outcome = await job.outcome
@@ -192,16 +181,14 @@ def _sampling(request: SummarizeRequest, served: ServedRun, settings: Settings) 
         errors.add("model", f"{request.model} is not served here; choose from {', '.join(served.policies)}")
         errors.raise_any()
     most = served.policies[request.model].loaded.max_new_tokens
-    if len(request.posts) > settings.max_posts:
-        errors.add("posts", f"{len(request.posts)} posts are more than {settings.max_posts}; send several requests")
+    errors.check_count("posts", len(request.posts), settings.max_posts)
     if request.best_of > settings.max_best_of:
         errors.add("best_of", f"{request.best_of} is more than {settings.max_best_of}")
     if request.best_of > 1 and request.temperature == 0:
         errors.add("temperature", "greedy candidates are all the same; with best_of above 1 it must be above 0")
     if request.max_new_tokens is not None and request.max_new_tokens > most:
         errors.add("max_new_tokens", f"{request.max_new_tokens} is more than {most}, for which the policy was trained")
-    if request.timeout_seconds is not None and request.timeout_seconds > settings.timeout_seconds:
-        errors.add("timeout_seconds", f"{request.timeout_seconds:g} is more than {settings.timeout_seconds:g}")
+    errors.check_timeout(request.timeout_seconds, settings.timeout_seconds)
     errors.raise_any()
     drawn = 1.0 if request.best_of > 1 else 0.0
     return Sampling(

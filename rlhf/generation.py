@@ -3,8 +3,8 @@
 The engine runs any causal LM of transformers: one left-padded pass over the prompts, then one token a step
 over the key/value cache. Ids go in and ids come out; nothing is decoded on the way.
 
-Shapes: B prompts, A rows still in the batch, P prompt columns (left-padded), T columns seen so far,
-R response columns (right-padded), V vocabulary. Masks are True where a token counts.
+Shapes: B prompts, A rows still in the batch, R response columns (right-padded), V vocabulary. Masks are True where a
+token counts.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def load_policy(
 
     Raises PrerequisiteError when the directory is no model, or lacks weights such as the LM head.
     """
-    model, missing, unused = _load(AutoModelForCausalLM, path, _read_config(path), dtype)
+    model, missing, unused = _load(AutoModelForCausalLM, path, read_config(path), dtype)
     if REWARD_HEAD in unused:  # with a tied LM head nothing would be missing
         raise PrerequisiteError(f"{path} is a reward model, not a language model: it has {REWARD_HEAD}")
     _require_all_weights(path, missing, "a language model")
@@ -55,7 +55,7 @@ def load_reward_model(
 
     Raises PrerequisiteError when the directory is no model, or lacks weights such as the score head.
     """
-    config = _read_config(path)
+    config = read_config(path)
     if config.num_labels != 1:
         config.num_labels = 1  # a causal LM's config says 2; the missing head is then reported below
     model, missing, _ = _load(AutoModelForSequenceClassification, path, config, dtype)
@@ -94,7 +94,7 @@ def reward_model_from_policy(policy_path: str | Path, *, seed: int) -> PreTraine
     token of a padded row by it.
     Source: Huang et al. 2024, detail 11.
     """
-    config = _read_config(policy_path)
+    config = read_config(policy_path)
     if config.pad_token_id is None:
         raise PrerequisiteError(
             f"{policy_path}/config.json names no pad_token_id, which a reward model needs; run `rlhf sft` again"
@@ -207,7 +207,8 @@ def _final_norm_name(body: PreTrainedModel) -> str:
     return norms[-1]
 
 
-def _read_config(path: str | Path) -> PretrainedConfig:
+def read_config(path: str | Path) -> PretrainedConfig:
+    """A model directory's config, with dropout off. Raises PrerequisiteError where there is none that can be read."""
     if not Path(path, "config.json").is_file():
         raise PrerequisiteError(f"{path} holds no model: config.json is missing; run the stage that makes it")
     try:

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.errors import PrerequisiteError, RlhfError
 from rlhf.generation import Generation
+from rlhf.models import read_config
 from rlhf.sampling import Sampling
 from rlhf.sequences import max_positions
 from rlhf.slots import Request
@@ -147,13 +148,11 @@ class VllmEngine:
 
 def _skeleton(directory: Path) -> PreTrainedModel:
     """The model without its weights."""
-    if not (directory / "config.json").is_file():
-        raise PrerequisiteError(f"{directory} holds no model: config.json is missing; run the stage that makes it")
+    config = read_config(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise PrerequisiteError(f"{directory}/config.json is not of a language model: {reason}") from error
 

@@ -18,8 +18,9 @@ import yaml
 from transformers import PreTrainedModel
 
 from app import cgroups
-from app.loading import LoadedRun, load_run, published
+from app.loading import LoadedRun, load_run
 from app.memory import NoRoom
+from app.published import published
 from app.settings import Settings
 from rlhf.checkpoint import StageDir, fingerprint
 from rlhf.errors import ConfigError, PrerequisiteError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.loading import published
 from app.problems import NO_ROOM, ProblemError
+from app.published import published
 from app.settings import Settings
 from app.watch import FinalWatcher, Names
 from rlhf.errors import PrerequisiteError, RlhfError

@@ -14,16 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +28,7 @@ from rlhf.config import Config, TinyModelConfig
 from rlhf.models import create_tiny_gptj
 from rlhf.runtime import announce_device
 from tests.fakes import EOS_ID, PAD_ID, tiny_reward_model
+from tests.live_service import live_service
 from tests.served_run import publish_model
 
 SHAPE = TinyModelConfig(layers=6, hidden=256, heads=8, rotary_dim=32, vocab_size=2048)
@@ -69,15 +64,15 @@ def measure(*, requests: int, callers: int, threads: int | None) -> dict[str, ob
     announce_device()
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = publish_run(Path(folder))
+        run_dir, log = publish_run(Path(folder)), Path(folder, "log")
         few = max(requests // 8, 8)
-        chosen = {} if threads is None else {"APP_THREADS": str(threads)}
-        with serving(run_dir, APP_SLOTS="1", APP_MAX_BEST_OF="1", APP_MAX_WAIT_SECONDS="600", **chosen) as port:
-            alone = asyncio.run(closed_load(port, few, 1))
-            queued = asyncio.run(closed_load(port, few, callers))
-        with serving(run_dir, **chosen) as port:
-            batched = asyncio.run(closed_load(port, requests, callers))
-            half = asyncio.run(open_load(port, requests // 2, batched.requests_per_second / 2))
+        chosen = {"models": "ppo", "threads": "" if threads is None else threads}  # empty: the service's own choice
+        with live_service(run_dir, log, slots=1, max_best_of=1, max_wait_seconds=600, **chosen) as service:
+            alone = asyncio.run(closed_load(service.port, few, 1))
+            queued = asyncio.run(closed_load(service.port, few, callers))
+        with live_service(run_dir, log, **chosen) as service:
+            batched = asyncio.run(closed_load(service.port, requests, callers))
+            half = asyncio.run(open_load(service.port, requests // 2, batched.requests_per_second / 2))
     baseline = max(alone.requests_per_second, queued.requests_per_second)
     return {
         "one at a time, 1 caller": asdict(alone),
@@ -119,37 +114,6 @@ def publish_run(runs_dir: Path) -> Path:
     publish_model(run_dir, "ppo", policy, step=1, config=config)
     publish_model(run_dir, "reward", tiny_reward_model(policy), step=1, config=config)
     return run_dir
-
-
-@contextmanager
-def serving(run_dir: Path, **settings: str) -> Iterator[int]:
-    """The service as a process; its port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("APP_")}
-    environment = kept | {"APP_RUN_DIR": str(run_dir), "APP_MODELS": "ppo", "APP_PORT": str(port)} | settings
-    process = subprocess.Popen([sys.executable, "-m", "app"], env=environment, stderr=subprocess.DEVNULL)
-    try:
-        asyncio.run(until_ready(port, process))
-        yield port
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-async def until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait for the models."""
-    async with asyncio.timeout(120):
-        while True:
-            if process.poll() is not None:
-                raise RuntimeError(f"the service ended with {process.returncode}")
-            try:
-                async with Caller(port) as caller:
-                    if await caller.ask("GET", "/readyz") == 200:
-                        return
-            except OSError:
-                pass
-            await asyncio.sleep(0.1)
 
 
 class Caller:
