@@ -17,8 +17,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from rlhf import __version__
+from rlhf.cluster.commands import add_commands
 from rlhf.console import Parser, report_failure
-from rlhf.errors import PrerequisiteError, RlhfError, UsageError
+from rlhf.errors import PrerequisiteError, RlhfError, StopRequested, UsageError
+from rlhf.launcher.layout import launch_options
+from rlhf.launcher.outcome import UNFORESEEN
 
 if TYPE_CHECKING:
     from rlhf.config import Config
@@ -35,24 +38,33 @@ STAGE_HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code tells a Job what happened (the README lists them)."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    code, line = attempt(sys.argv[1:] if arguments is None else arguments)
+    if line:
+        report_failure(f"rlhf: {line}")
+    return code
+
+
+def attempt(arguments: Sequence[str]) -> tuple[int, str]:
+    """Run a command; its exit code, and the line for the user when it failed."""
     debug = "--debug" in arguments
     try:
         options = build_parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
+        return command(options), ""
     except RlhfError as error:
         if debug:
             traceback.print_exc()
-        report_failure(f"rlhf: {error}")
-        return error.exit_code
+        return error.exit_code, str(error)
     except BrokenPipeError:
         # The reader of our output has left, `| head` say; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0, ""
     except KeyboardInterrupt:
-        report_failure("rlhf: interrupted; run the same command again to continue")
-        return 75
+        return StopRequested.exit_code, "interrupted; run the same command again to continue"
+    except Exception as error:
+        # Nobody foresaw it, so the traceback is worth having; Kubernetes still shows the line.
+        traceback.print_exc()
+        return UNFORESEEN, f"{type(error).__name__}: {error}"
 
 
 def build_parser() -> Parser:
@@ -62,7 +74,12 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     common = Parser(add_help=False)
-    common.add_argument("--run", default="demo", metavar="NAME", help="name of the run (default: demo)")
+    common.add_argument(
+        "--run",
+        default=os.environ.get("RLHF_RUN", "demo"),
+        metavar="NAME",
+        help="name of the run (default: $RLHF_RUN or demo)",
+    )
     common.add_argument(
         "--runs-dir",
         type=Path,
@@ -84,6 +101,15 @@ def build_parser() -> Parser:
     for name, meaning in STAGE_HELP.items():
         stage = commands.add_parser(name, help=meaning, description=meaning, parents=[common, settings])
         stage.set_defaults(command=command_stage, stage=name)
+    launch = commands.add_parser(
+        "launch", help="one stage, on many processes or nodes", parents=[common, settings, launch_options()]
+    )
+    launch.add_argument("stage", choices=STAGE_HELP, metavar="STAGE", help="the stage to run")
+    launch.set_defaults(command=command_launch)
+    check = commands.add_parser("check", help="whether one stage could start here", parents=[common, settings])
+    check.add_argument("stage", choices=STAGE_HELP, metavar="STAGE", help="the stage to check for")
+    check.add_argument("--gpus", type=int, metavar="N", help="GPUs that have to be visible (default: $RLHF_GPUS)")
+    check.set_defaults(command=command_check)
     run = commands.add_parser("run", help="all stages in order, skipping what is finished", parents=[common, settings])
     run.add_argument("--from", dest="first", choices=STAGE_HELP, metavar="STAGE", help="begin with this stage")
     run.add_argument("--until", dest="last", choices=STAGE_HELP, metavar="STAGE", help="end with this stage")
@@ -98,26 +124,53 @@ def build_parser() -> Parser:
     config = commands.add_parser("config", help="print the resolved configuration", parents=[common, settings])
     config.add_argument("--markdown", action="store_true", help="print the table of all settings instead")
     config.set_defaults(command=command_config)
+    add_commands(commands, tuple(STAGE_HELP))
     return parser
 
 
 def command_stage(options: argparse.Namespace) -> int:
     """Run one stage in this process."""
+    # Until the stage listens for signals itself there is nothing to save: leave as upon Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from rlhf.checkpoint import run_directory
     from rlhf.pipeline import STAGES, run_stage
 
     config, run_dir = read_config(options), run_directory(options.runs_dir, options.run)
-    from rlhf.runtime import StopSignal, announce_device
+    from rlhf.processes import is_first_process
+    from rlhf.runtime import StopSignal, all_processes, announce_device
     from rlhf.telemetry import configure_logging
 
     announce_device()
-    configure_logging(debug=options.debug)
+    configure_logging(debug=options.debug, quiet=not is_first_process())
     if options.stage != "fetch":
         # Later stages have all they need on the volume; a library that asks the Hub all the same must not hang.
         os.environ["HF_HUB_OFFLINE"] = "1"
     stop = StopSignal()
     stop.install()
-    run_stage(next(stage for stage in STAGES if stage.name == options.stage), config, run_dir, stop)
+    with all_processes(config.runtime):
+        run_stage(next(stage for stage in STAGES if stage.name == options.stage), config, run_dir, stop)
+    return 0
+
+
+def command_launch(options: argparse.Namespace) -> int:
+    """Run one stage on the processes and nodes that the options or the environment name."""
+    from rlhf.checkpoint import run_directory
+    from rlhf.launcher.launch import launch
+    from rlhf.telemetry import configure_logging
+
+    configure_logging(debug=options.debug, libraries=False)
+    config, run_dir = read_config(options), run_directory(options.runs_dir, options.run)
+    return launch(options, config, run_dir, stage_arguments(options.stage, options), run_here=command_stage)
+
+
+def command_check(options: argparse.Namespace) -> int:
+    """Say whether a stage could start, within seconds and without torch."""
+    from rlhf.checkpoint import run_directory
+    from rlhf.preflight import check
+
+    run_dir = run_directory(options.runs_dir, options.run)
+    for line in check(options.stage, read_config(options), run_dir, gpus=options.gpus):
+        print(line, flush=True)
     return 0
 
 
@@ -135,7 +188,7 @@ def command_run(options: argparse.Namespace) -> int:
     todo = [name for name in STAGE_NAMES[first : last + 1] if not StageDir(run_dir, name).is_final()]
     for number, name in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {name}: {STAGE_HELP[name]}", file=sys.stderr)
-        if code := run_process(stage_command(name, options)):
+        if code := run_process([sys.executable, "-m", "rlhf", *stage_arguments(name, options)]):
             return code
     if not todo:
         print(f"every stage of {run_dir} is done", file=sys.stderr)
@@ -144,9 +197,9 @@ def command_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def stage_command(name: str, options: argparse.Namespace) -> list[str]:
-    """The command line of one stage with the options that `run` was given."""
-    command = [sys.executable, "-m", "rlhf", name, "--run", options.run, "--runs-dir", str(options.runs_dir)]
+def stage_arguments(name: str, options: argparse.Namespace) -> list[str]:
+    """The arguments of one stage's command, with the options that were given."""
+    command = [name, "--run", options.run, "--runs-dir", str(options.runs_dir)]
     if options.config:
         command += ["--config", options.config]
     for change in options.set:
@@ -218,8 +271,9 @@ def read_config(options: argparse.Namespace) -> Config:
     from rlhf.pipeline import saved_config
     from rlhf.presets import load_config
 
-    saved = saved_config(run_directory(options.runs_dir, options.run))
-    source = options.config or os.environ.get("RLHF_CONFIG") or (str(saved) if saved else "demo")
+    source = options.config or os.environ.get("RLHF_CONFIG")
+    if not source:
+        source = str(saved_config(run_directory(options.runs_dir, options.run)) or "demo")
     return load_config(source, options.set)
 
 

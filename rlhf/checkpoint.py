@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rlhf.errors import PrerequisiteError, RlhfError, StorageError, UsageError
+from rlhf.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,13 @@ def run_directory(runs_dir: Path, run: str) -> Path:
     return runs_dir / run
 
 
+def run_first(stage: str, run: str) -> str:
+    """What to do about a stage that has not finished: by `make` where we are a pod, else by our own command."""
+    in_a_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    command = f"make deploy-{stage}" if in_a_pod else f"python -m rlhf {stage} --run {run}"
+    return f"run `{command}` first"
+
+
 class StageDir:
     """What one stage of a run has published."""
 
@@ -67,16 +76,22 @@ class StageDir:
         return (self.path / "final" / MANIFEST).is_file()
 
     def final(self) -> Path:
-        """The finished, verified directory.
+        """The finished, verified directory; of many processes the first reads all of it, the others trust it.
 
         Raises PrerequisiteError naming the command that makes it.
         """
-        final = self.path / "final"
-        remedy = f"run `python -m rlhf {self.stage} --run {self.run_dir.name}` first"
+        return self._final(contents=is_first_process())
+
+    def final_at_a_glance(self) -> Path:
+        """As `final`, but only the sizes of the files are looked at: seconds for any model."""
+        return self._final(contents=False)
+
+    def _final(self, *, contents: bool) -> Path:
+        final, remedy = self.path / "final", run_first(self.stage, self.run_dir.name)
         if not self.is_final():
             raise PrerequisiteError(f"{final} does not exist; {remedy}")
         try:
-            verify(final)
+            verify(final, contents=contents)
         except DamagedCheckpoint as damage:
             raise PrerequisiteError(f"{damage}; move {final.resolve()} aside, then {remedy}") from damage
         return final
@@ -107,8 +122,7 @@ class StageDir:
         """
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            work = self.path / f"{UNFINISHED}{step:08d}-{os.getpid()}"
-            shutil.rmtree(work, ignore_errors=True)
+            work = self.path / unfinished_name(f"{step:08d}")
             work.mkdir()
         try:
             with storage_errors(self.path):
@@ -124,7 +138,7 @@ class StageDir:
             write_manifest(directory, step=step, stage=self.stage)
             target = self.path / f"step-{step:08d}"
             if target.exists():
-                discarded = self.path / f"{UNFINISHED}replaced-{step:08d}-{os.getpid()}"
+                discarded = self.path / unfinished_name(f"replaced-{step:08d}")
                 os.rename(target, discarded)
                 os.rename(directory, target)
                 shutil.rmtree(discarded, ignore_errors=True)
@@ -139,8 +153,7 @@ class StageDir:
 
     def point(self, name: str, step: int) -> None:
         """Make the link `name` lead to a published step."""
-        link = self.path / f"{UNFINISHED}{name}-{os.getpid()}"
-        link.unlink(missing_ok=True)
+        link = self.path / unfinished_name(name)
         link.symlink_to(f"step-{step:08d}")
         os.replace(link, self.path / name)
         _sync(self.path)
@@ -160,6 +173,11 @@ class StageDir:
                     leftover.unlink()
                 else:
                     shutil.rmtree(leftover, ignore_errors=True)
+
+
+def unfinished_name(name: str) -> str:
+    """A name to write under first, of nobody else's: on a shared volume pods have the same process ids."""
+    return f"{UNFINISHED}{name}-{uuid.uuid4().hex[:12]}"
 
 
 def write_manifest(directory: Path, *, step: int, stage: str) -> None:
@@ -188,15 +206,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(directory: Path) -> None:
-    """Hold every file against the manifest; raises DamagedCheckpoint naming the first that differs."""
+def verify(directory: Path, *, contents: bool = True) -> None:
+    """Hold every file against the manifest; raises DamagedCheckpoint naming the first that differs.
+
+    Without contents, files are not read: only what is missing or has another size is found.
+    """
     for name, entry in read_manifest(directory)["files"].items():
         path = directory / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path} is missing")
         if path.stat().st_size != entry["size"]:
             raise DamagedCheckpoint(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
-        if sha256(path) != entry["sha256"]:
+        if contents and sha256(path) != entry["sha256"]:
             raise DamagedCheckpoint(f"{path} has changed since it was written (sha256 differs)")
 
 
@@ -216,7 +237,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader sees the old text or the new, never a part."""
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{UNFINISHED}{path.name}-{os.getpid()}")
+        beside = path.with_name(unfinished_name(path.name))
         beside.write_text(text, encoding="utf-8")
         _sync(beside)
         os.replace(beside, path)

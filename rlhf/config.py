@@ -138,7 +138,7 @@ class TrainerConfig(Section):
     batch_size: int = setting(16, "examples in an optimiser step, over all processes", ge=1)
     micro_batch_size: int = setting(16, "examples in one forward pass of one process", ge=1)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
-    deepspeed: str | None = setting(None, "path of a DeepSpeed configuration (JSON); empty: none")
+    deepspeed: str | None = setting(None, "`zero2`, or the path of a DeepSpeed configuration (JSON); empty: none")
     eval_every_steps: int = setting(500, "how often the held-out data is looked at", unit="optimiser steps", ge=1)
     save_every_steps: int = setting(500, "how often a checkpoint is written", unit="optimiser steps", ge=1)
 

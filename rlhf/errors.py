@@ -25,6 +25,18 @@ class PrerequisiteError(RlhfError):
     exit_code = 66
 
 
+class UnavailableError(RlhfError):
+    """The machine or the cluster does not give now what is needed; it may later."""
+
+    exit_code = 69
+
+
+class ConflictError(RlhfError):
+    """Something is at work where the command would put its own; says how to wait for it or to replace it."""
+
+    exit_code = 73
+
+
 class StorageError(RlhfError):
     """The volume refused a write; what was saved before is still good."""
 

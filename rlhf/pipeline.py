@@ -13,6 +13,7 @@ import yaml
 from rlhf.checkpoint import StageDir, storage_errors, write_text_atomically
 from rlhf.config import Config
 from rlhf.errors import ConfigError
+from rlhf.processes import is_first_process
 
 if TYPE_CHECKING:
     from rlhf.runtime import StopSignal
@@ -24,19 +25,24 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class Stage:
-    """A program of the pipeline, `rlhf/stages/<name>.py`, and the sections it fixes for the rest of the run."""
+    """A program of the pipeline, `rlhf/stages/<name>.py`: the stages it reads, and whether many processes share it.
+
+    fixes are the sections that it settles for the rest of the run.
+    """
 
     name: str
     fixes: tuple[str, ...]
+    reads: tuple[str, ...]
+    parallel: bool = False
 
 
 STAGES = (
-    Stage("fetch", ("seed", "data", "synthetic", "model", "prompt")),
-    Stage("sft", ("sft",)),
-    Stage("reward", ("reward",)),
-    Stage("prepare", ("prepare",)),
-    Stage("ppo", ("ppo",)),
-    Stage("evaluate", ("evaluate",)),
+    Stage("fetch", ("seed", "data", "synthetic", "model", "prompt"), reads=()),
+    Stage("sft", ("sft",), reads=("fetch",), parallel=True),
+    Stage("reward", ("reward",), reads=("fetch", "sft"), parallel=True),
+    Stage("prepare", ("prepare",), reads=("fetch", "reward")),
+    Stage("ppo", ("ppo",), reads=("sft", "reward", "prepare"), parallel=True),
+    Stage("evaluate", ("evaluate",), reads=("fetch", "sft", "reward", "ppo")),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
@@ -51,9 +57,10 @@ def run_stage(stage: Stage, config: Config, run_dir: Path, stop: StopSignal) -> 
     if directory.is_final():
         logger.info("stage=%s is already done path=%s", stage.name, directory.path / "final")
         return False
-    directory.remove_unfinished()
     with storage_errors(directory.path):
-        write_text_atomically(directory.path / CONFIG_FILE, config.to_yaml())
+        if is_first_process():
+            directory.remove_unfinished()
+            write_text_atomically(directory.path / CONFIG_FILE, config.to_yaml())
         program = importlib.import_module(f"rlhf.stages.{stage.name}")
         program.run(config, run_dir, stop)
     return True

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,6 +33,7 @@ from rlhf.rollout import Collector
 from rlhf.runtime import prepare_runtime, torch_dtype
 from rlhf.schedule import learning_rate_scheduler
 from rlhf.scoring import Scorer
+from rlhf.shares import check_ppo_shares
 from rlhf.tokenizer import load_tokenizer
 
 ACCELERATE_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -86,8 +88,13 @@ def build_learner(config: Config, run_dir: Path) -> Learner:
     ppo, sft, reward = config.ppo, StageDir(run_dir, "sft").final(), StageDir(run_dir, "reward").final()
     device = prepare_runtime(config.runtime, seed=config.seed)
     frozen_dtype = torch_dtype(config.runtime.precision)
-    accelerator = Accelerator(mixed_precision=ACCELERATE_PRECISION[config.runtime.precision], cpu=device.type == "cpu")
-    _check_shares(config, accelerator.num_processes)
+    accelerator = Accelerator(
+        mixed_precision=ACCELERATE_PRECISION[config.runtime.precision],
+        cpu=device.type == "cpu",
+        # Else each process holds its gradients twice: 7 GB more for eight blocks of GPT-J-6B.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    check_ppo_shares(config.ppo, accelerator.num_processes)
     tokenizer = load_tokenizer(sft, key="sft/final")
     policy = load_policy(sft, device=accelerator.device)
     separate = ppo.value_network == "separate"
@@ -171,14 +178,6 @@ def load_learner(learner: Learner, directory: Path) -> None:
         group["lr"] = base * learner.schedule.lr_lambdas[0](state["schedule_steps"])
     learner.iteration = state["iteration"]
     learner.best_reward = -math.inf if state["best_reward"] is None else state["best_reward"]
-
-
-def _check_shares(config: Config, processes: int) -> None:
-    for key in ("rollouts_per_iteration", "minibatch_size"):
-        whole = getattr(config.ppo, key)
-        if whole % processes:
-            remedy = -(-whole // processes) * processes
-            raise ConfigError(f"ppo.{key}={whole} does not divide among {processes} processes; try {remedy}")
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

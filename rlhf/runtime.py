@@ -6,15 +6,25 @@ import logging
 import os
 import random
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError, StopRequested
+from rlhf.processes import is_first_process, process_count
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WAIT_AT_MOST = timedelta(minutes=30)
+"""Longer than the slowest thing that one process does while the others wait: saving to a slow volume."""
 
 
 def prepare_runtime(config: RuntimeConfig, *, seed: int) -> torch.device:
@@ -60,9 +70,36 @@ def torch_dtype(precision: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that writes."""
-    return os.environ.get("RANK", "0") == "0"
+@contextmanager
+def all_processes(config: RuntimeConfig) -> Iterator[None]:
+    """Join the processes that share the stage, until the block ends; alone there is nothing to join.
+
+    A failure leaves at once, without taking leave of processes that may be gone.
+    """
+    if process_count() == 1:
+        yield
+        return
+    gpu = None
+    if choose_device(config).type == "cuda":
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=WAIT_AT_MOST, device_id=gpu)
+    logger.info("joined processes=%d backend=%s", process_count(), torch.distributed.get_backend())
+    try:
+        yield
+    except StopRequested:
+        torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
+
+
+def from_first(find: Callable[[], T]) -> T:
+    """What the first process finds, on all: nodes may not see the same of a shared volume just then."""
+    if not torch.distributed.is_initialized():
+        return find()
+    found = [find() if is_first_process() else None]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]  # type: ignore[return-value]
 
 
 def agreed(flag: bool) -> bool:

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,10 @@ from tqdm.auto import tqdm
 
 from rlhf.checkpoint import write_text_atomically
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_SECONDS = 2.0
+PROGRESS_LOG_SECONDS = 15.0
 BAR = "{desc:<18} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 
 
@@ -49,17 +53,23 @@ class BarSafeHandler(logging.StreamHandler[Any]):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def configure_logging(*, debug: bool = False) -> None:
-    """Human lines on a terminal, JSON otherwise, for our facts and libraries' warnings. Only entry points call this."""
+def configure_logging(*, debug: bool = False, quiet: bool = False, libraries: bool = True) -> None:
+    """Human lines on a terminal, JSON otherwise, for our facts and libraries' warnings. Only entry points call this.
+
+    quiet leaves out the facts, for all processes but the first; without libraries, none is imported for it.
+    """
     handler = BarSafeHandler()
     human = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     handler.setFormatter(human if sys.stderr.isatty() else JsonFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("rlhf").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger("rlhf").setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     logging.captureWarnings(True)
-    _redirect_transformers()
+    # DeepSpeed still calls it by that name, at every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.all_gather_into_tensor` is deprecated")
+    if libraries:
+        _redirect_transformers()
 
 
 def _redirect_transformers() -> None:
@@ -145,7 +155,7 @@ class Stopwatch:
 
 
 class Progress:
-    """A bar that names the stage and the time left, on a terminal; progress.json for `status` always.
+    """A bar that names the stage and the time left, on a terminal, else a line now and then; progress.json always.
 
     Disabled, as on all but the main process, it shows and writes nothing.
     """
@@ -156,14 +166,16 @@ class Progress:
         self._enabled = enabled
         self._path = directory / "progress.json"
         self._stage, self._total, self._unit = stage, total, unit
-        self._first, self._done, self._started, self._written = done, done, time.monotonic(), -math.inf
+        self._first, self._done, self._started = done, done, time.monotonic()
+        self._written = self._logged = -math.inf
         self._shown: dict[str, float] = {}
+        self._bar_shown = enabled and sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
             initial=done,
             desc=stage,
             unit=f" {unit}",
-            disable=not (enabled and sys.stderr.isatty()),
+            disable=not self._bar_shown,
             dynamic_ncols=True,
             bar_format=BAR,
         )
@@ -186,28 +198,41 @@ class Progress:
             self._bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
         if time.monotonic() - self._written > PROGRESS_SECONDS:
             self._write()
+        if time.monotonic() - self._logged > PROGRESS_LOG_SECONDS:
+            self._log()
 
     def close(self) -> None:
-        """Remove the bar and write the last state."""
+        """Remove the bar, write and log the last state."""
         self._bar.close()
         self._write()
+        self._log()
 
     def _write(self) -> None:
         if not self._enabled:
             return
         self._written = time.monotonic()
+        state = self._state() | {"updated": round(time.time(), 1), "shown": self._shown}
+        write_text_atomically(self._path, json.dumps(state))
+
+    def _log(self) -> None:
+        """The line that `cluster-status` reads from a pod's log."""
+        if not self._enabled or self._bar_shown:
+            return
+        self._logged = time.monotonic()
+        facts = {key: value for key, value in self._state().items() if value is not None}
+        facts |= {key: f"{value:.4g}" for key, value in self._shown.items()}
+        logger.info("progress %s", " ".join(f"{key}={value}" for key, value in facts.items()))
+
+    def _state(self) -> dict[str, Any]:
         made, elapsed = self._done - self._first, time.monotonic() - self._started
         left = elapsed / made * (self._total - self._done) if made else None
-        state = {
+        return {
             "stage": self._stage,
             "done": self._done,
             "total": self._total,
             "unit": self._unit,
             "seconds_left": None if left is None else round(left, 1),
-            "updated": round(time.time(), 1),
-            "shown": self._shown,
         }
-        write_text_atomically(self._path, json.dumps(state))
 
 
 def _summary_writer(directory: Path, start_step: int) -> Any:

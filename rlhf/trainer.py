@@ -35,8 +35,10 @@ from rlhf.checkpoint import StageDir
 from rlhf.collate import EncodedExample, EncodedPair, LengthGroupedSampler
 from rlhf.config import RewardConfig, RuntimeConfig, SftConfig
 from rlhf.errors import ConfigError, StopRequested
-from rlhf.runtime import StopSignal, agreed, is_first_process, wait_for_all
+from rlhf.processes import is_first_process, process_count
+from rlhf.runtime import StopSignal, agreed, wait_for_all
 from rlhf.schedule import learning_rate_scheduler
+from rlhf.shares import check_training_shares
 from rlhf.trainer_callbacks import EpochCallback, StageCallback
 
 logger = logging.getLogger(__name__)
@@ -58,15 +60,9 @@ def plan_training(section: SftConfig | RewardConfig, *, name: str, examples: int
 
     Raises ConfigError when micro-batches and processes do not divide the batch.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    at_once = section.micro_batch_size * processes
-    if section.batch_size % at_once:
-        remedy = max(section.batch_size // at_once, 1) * at_once
-        raise ConfigError(
-            f"{name}.batch_size={section.batch_size} is not a multiple of {name}.micro_batch_size="
-            f"{section.micro_batch_size} times {processes} process(es); try {name}.batch_size={remedy}"
-        )
-    accumulation = section.batch_size // at_once
+    processes = process_count()
+    check_training_shares(section, name=name, processes=processes)
+    accumulation = section.batch_size // (section.micro_batch_size * processes)
     batches = math.ceil(math.ceil(examples / section.micro_batch_size) / processes)
     steps = math.ceil(section.epochs * math.ceil(batches / accumulation))
     return Plan(accumulation=accumulation, total_steps=min(steps, section.max_steps or steps))
@@ -85,11 +81,6 @@ def training_arguments(
 
     Raises ConfigError for a DeepSpeed file that is not there and for float16 without a GPU.
     """
-    if section.deepspeed is not None and not Path(section.deepspeed).is_file():
-        raise ConfigError(
-            f"{stage.stage}.deepspeed={section.deepspeed}: there is no such file; give the path of a DeepSpeed "
-            "configuration, or leave it empty"
-        )
     on_cpu = device.type == "cpu"
     if on_cpu and runtime.precision == "float16":
         raise ConfigError("runtime.precision=float16 trains on a GPU only; use bfloat16 or float32 on the CPU")
@@ -100,7 +91,7 @@ def training_arguments(
         ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
         bf16=runtime.precision == "bfloat16",
         fp16=runtime.precision == "float16",
-        deepspeed=section.deepspeed,
+        deepspeed=deepspeed_file(section.deepspeed, key=f"{stage.stage}.deepspeed"),
         gradient_checkpointing=section.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         per_device_train_batch_size=section.micro_batch_size,
@@ -129,6 +120,23 @@ def training_arguments(
     # Several visible GPUs and one process would become nn.DataParallel, with batches of another size.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def deepspeed_file(name: str | None, *, key: str) -> str | None:
+    """The path of a DeepSpeed configuration, given as one that we ship (`zero2`) or as a path; None for none.
+
+    Raises ConfigError for one that is not there.
+    """
+    if name is None:
+        return None
+    shipped = {path.stem: path for path in (Path(__file__).parent / "configs" / "deepspeed").glob("*.json")}
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise ConfigError(
+            f"{key}={name}: there is no such file; give the path of a DeepSpeed configuration, one of "
+            f"{', '.join(sorted(shipped))}, or leave it empty"
+        )
+    return str(path)
 
 
 class StageTrainer(Trainer):

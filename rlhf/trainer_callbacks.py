@@ -16,7 +16,8 @@ from rlhf.checkpoint import StageDir
 from rlhf.collate import LengthGroupedSampler
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError
-from rlhf.runtime import StopSignal, agreed, is_first_process, wait_for_all
+from rlhf.processes import is_first_process
+from rlhf.runtime import StopSignal, agreed, wait_for_all
 from rlhf.telemetry import Metrics, Progress
 
 logger = logging.getLogger(__name__)

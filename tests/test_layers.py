@@ -22,11 +22,12 @@ SERVED = {
 
 # A module may import from its own line and the lines above it.
 LAYERS = (
-    {"errors", "synthetic_wording"},
+    {"errors", "synthetic_wording", "processes", "gpus"},
     {"config", "checkpoint", "console"},
-    {"presets", "config_reference", "runtime", "telemetry", "schedule", "results"},
+    {"presets", "config_reference", "runtime", "telemetry", "schedule", "results", "shares"},
     {"prompt", "losses", "advantages", "bootstrap", "calibration", "rouge", "charts", "pipeline"},
-    {"data", "tokenizer", "models", "environment", "status", "hub", "lengths"},
+    {"data", "tokenizer", "models", "environment", "status", "hub", "lengths", "launcher", "cluster"},
+    {"preflight"},
     {"synthetic", "sources", "actor_critic", "collate", "base_model", "evaluation", "figures", "findings"},
     {"intake", "report"},
     {"curate"},
@@ -42,11 +43,12 @@ LAYERS = (
     {"ppo_setup"},
     {"stages"},
     {"__main__"},
+    {"launched"},
 )
 
 
 def modules() -> list[Path]:
-    return sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE / "stages").glob("*.py"))
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:

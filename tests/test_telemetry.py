@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,26 @@ def test_unreadable_metrics_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_progress_is_logged_where_there_is_no_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, logger="rlhf.telemetry"),
+        Progress(tmp_path, "ppo", 10, "iterations", done=2) as progress,
+    ):
+        progress.update(3, reward=0.41, kl=1.25)
+        progress.update(4, reward=0.5, kl=1.5)  # too soon for a line of its own
+    first, last = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(
+        r"progress stage=ppo done=3 total=10 unit=iterations seconds_left=\S+ reward=0.41 kl=1.25", first
+    )
+    assert re.fullmatch(r"progress stage=ppo done=4 total=10 unit=iterations seconds_left=\S+ reward=0.5 kl=1.5", last)
+
+
+def test_progress_of_other_processes_is_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, logger="rlhf.telemetry"),
+        Progress(tmp_path, "ppo", 10, "iterations", enabled=False) as progress,
+    ):
+        progress.update(3)
+    assert caplog.records == []

@@ -32,7 +32,7 @@ from rlhf.losses import policy_loss, value_loss
 from rlhf.ppo_setup import Learner, build_learner, load_learner, save_learner
 from rlhf.prompt import decode_response
 from rlhf.rollout import Rollout, minibatch, stack
-from rlhf.runtime import StopSignal, agreed, generator
+from rlhf.runtime import StopSignal, agreed, from_first, generator
 from rlhf.telemetry import Metrics, Progress, Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     train = load_environment(environment, "train")
     valid = load_environment(environment, "valid")[: ppo.eval_posts]
     learner = build_learner(config, run_dir)
-    if saved := stage.latest():
+    if saved := from_first(stage.latest):
         load_learner(learner, saved[1])
     writes, tensorboard = learner.accelerator.is_main_process, config.runtime.tensorboard
     first = learner.iteration + 1 if saved else 0
@@ -88,7 +88,8 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
             progress.update(learner.iteration, reward=values["ppo/reward"], kl=values["ppo/kl"])
             if last or best or learner.iteration % ppo.save_every_iterations == 0:
                 save_learner(learner, stage, final=last, best=best)
-                stage.prune(config.runtime.keep_checkpoints)
+                if writes:
+                    stage.prune(config.runtime.keep_checkpoints)
 
 
 def iterate(learner: Learner, rows: list[EnvironmentRow], stop: StopSignal) -> dict[str, float] | None:

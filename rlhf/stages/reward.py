@@ -30,7 +30,7 @@ from rlhf.losses import pairwise_divergent_loss, pairwise_last_loss
 from rlhf.models import freeze_bottom, load_reward_model, reward_model_from_policy
 from rlhf.preference import Pairs, preference_metrics
 from rlhf.prompt import encode_prompt, encode_response
-from rlhf.runtime import StopSignal, prepare_runtime
+from rlhf.runtime import StopSignal, from_first, prepare_runtime
 from rlhf.scoring import Scorer, token_scores
 from rlhf.tokenizer import load_tokenizer
 from rlhf.trainer import (
@@ -69,7 +69,7 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     arguments = training_arguments(
         config.reward, stage=stage, plan=plan, runtime=config.runtime, device=device, seed=config.seed
     )
-    start = stage.latest()
+    start = from_first(stage.latest)
     model = load_reward_model(start[1]) if start else reward_model_from_policy(policy, seed=config.seed)
     frozen = freeze_bottom(model, config.reward.frozen_fraction)
     score_every_position(model)

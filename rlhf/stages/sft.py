@@ -31,7 +31,7 @@ from rlhf.generation import BuiltinEngine, Sampling
 from rlhf.models import load_policy, stamp_prompt_version
 from rlhf.prompt import decode_response, encode_prompt, encode_response
 from rlhf.rouge import rouge_scores
-from rlhf.runtime import StopSignal, agreed, prepare_runtime
+from rlhf.runtime import StopSignal, agreed, from_first, prepare_runtime
 from rlhf.tokenizer import load_tokenizer
 from rlhf.trainer import (
     StageTrainer,
@@ -64,7 +64,7 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     arguments = training_arguments(
         config.sft, stage=stage, plan=plan, runtime=config.runtime, device=device, seed=config.seed
     )
-    start = stage.latest()
+    start = from_first(stage.latest)
     model = load_policy(start[1] if start else fetched / "base")
     stamp_prompt_version(model)
 
