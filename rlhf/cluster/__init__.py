@@ -1,0 +1,1 @@
+"""Driving the stages on a cluster: `rlhf deploy`, `undeploy`, `cluster-status` and `cluster-logs`."""
