@@ -6,15 +6,24 @@ SEEDS ?= 1 2 3
 RUN ?= demo
 # What pip is told beside the lock file, for example a mirror or a CPU-only build of torch.
 PIP_ARGS ?=
+# Kubernetes: which overlay of k8s/overlays, which image (empty: the overlay's), and options of `rlhf deploy`.
+OVERLAY ?= single-node
+IMAGE ?=
+STAGE ?= ppo
+ARGS ?=
 
 BIN := $(VENV)/bin
 RLHF := $(BIN)/python -m rlhf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds report serve bench-service test lint format docs lock clean
+DEPLOYMENTS := deploy-fetch deploy-sft deploy-reward deploy-prepare deploy-ppo deploy-evaluate deploy-api deploy-tensorboard deploy-all
+.PHONY: help setup demo demo-seeds report serve bench-service image $(DEPLOYMENTS) undeploy cluster-status cluster-logs \
+  e2e test lint format docs lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
+	@printf "  %-15s %s\n" deploy-STAGE "run a stage as a Job: fetch sft reward prepare ppo evaluate; OVERLAY, IMAGE, ARGS" \
+	  deploy-api "serve the run in the cluster" deploy-all "all stages in their order, from where the cluster is"
 
 setup: $(VENV)/.installed ## make the environment in .venv from the lock file
 
@@ -44,21 +53,46 @@ serve: setup ## serve the run RUN (the demo) on http://127.0.0.1:8000
 bench-service: setup ## what batching gains the service, on this machine
 	$(BIN)/python -m tests.benchmarks.service
 
+$(DEPLOYMENTS): deploy-%: setup
+	$(RLHF) deploy $* --overlay $(OVERLAY) $(if $(IMAGE),--image $(IMAGE)) --wait --follow $(ARGS)
+
+undeploy: setup ## remove the Jobs, the service and all that was deployed with them; the volume stays
+	$(RLHF) undeploy $(ARGS)
+
+cluster-status: setup ## each stage in the cluster: state, step, reward, time left, restarts, node
+	$(RLHF) cluster-status $(ARGS)
+
+cluster-logs: setup ## follow the log of STAGE in the cluster
+	$(RLHF) cluster-logs $(STAGE) --follow $(ARGS)
+
+e2e: setup ## the whole pipeline on the cluster that KUBECONFIG names, or on a kind cluster made for it
+	RLHF_E2E=1 $(BIN)/python -m pytest tests/e2e -v
+
 test: setup ## run the tests
 	$(BIN)/python -m pytest
 
-lint: setup ## style, formatting, types
+lint: setup $(VENV)/checkov/.installed ## style, formatting, types, manifests and Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
+	LOG_LEVEL=ERROR $(VENV)/checkov/bin/checkov --config-file k8s/checkov.yaml --framework kubernetes dockerfile \
+	  -d k8s/base -d docker --compact --quiet --skip-download
+
+# In an environment of its own, since it wants other versions than we do.
+$(VENV)/checkov/.installed: requirements/checkov.txt
+	$(PYTHON) -m venv $(VENV)/checkov
+	$(VENV)/checkov/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements/checkov.txt
+	@touch $@
 
 format: setup ## mend style and formatting where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup ## write the generated tables of settings in docs/ again
+docs: setup ## write again what is generated: tables of settings in docs/, the JobSet
 	$(RLHF) config --markdown > docs/configuration.md
 	$(BIN)/python -m app settings > docs/service-settings.md
+	$(BIN)/python -m rlhf.cluster.jobset k8s/base > k8s/overlays/jobset/jobset.yaml
 
 lock: ## renew requirements/lock.txt from pyproject.toml
 	$(PYTHON) requirements/renew.py $(PIP_ARGS)
