@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from app import cgroups
+from rlhf import cgroups
 from rlhf.errors import ConfigError
 from rlhf.runtime import torch_dtype
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app import cgroups
 from app.devices import choose_device, choose_dtype
 from app.memory import ROOM_REMEDY, NoRoom, Workload, check_room, model_need, total_need
 from app.published import ModelName, Published, describe, model_names, published, verify_whole
 from app.schemas import ModelInfo
 from app.settings import Settings
 from app.warm_up import warm_up_policy, warm_up_scorer
+from rlhf import cgroups
 from rlhf.errors import PrerequisiteError
 from rlhf.generation import BuiltinEngine, Engine
 from rlhf.models import load_policy, load_reward_model

@@ -280,7 +280,7 @@ class RuntimeConfig(Section):
     precision: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "of computation and frozen weights; trained weights are float32"
     )
-    threads: int | None = setting(None, "CPU threads; empty: one a core", ge=1)
+    threads: int | None = setting(None, "CPU threads; empty: one a core that the container may use", ge=1)
     stop_within_seconds: int = setting(120, "after SIGTERM the state is saved in this time", unit="seconds", ge=1)
     keep_checkpoints: int = setting(2, "newest checkpoints kept beside best and final", ge=1)
     log_every_steps: int = setting(10, "how often metrics are written", unit="optimiser steps", ge=1)

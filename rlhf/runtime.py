@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from rlhf import cgroups
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError, StopRequested
 from rlhf.processes import is_first_process, process_count
@@ -29,12 +30,16 @@ WAIT_AT_MOST = timedelta(minutes=30)
 
 def prepare_runtime(config: RuntimeConfig, *, seed: int) -> torch.device:
     """Set threads, determinism and seeds; return the device. Call it once, before any tensor."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), _cores()))
     # cuBLAS is deterministic only with a fixed workspace; it must be named before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     seed_everything(seed)
     return choose_device(config)
+
+
+def _cores() -> int:
+    """What a container may use; torch counts the machine's cores, and more threads than a quota wait, spinning."""
+    return cgroups.usable_cores(cgroups.CGROUPS, cgroups.MEMBERSHIP)
 
 
 def announce_device() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cgroups import memory_room, usable_cores
+from rlhf.cgroups import memory_room, usable_cores
 
 
 def group(folder: Path, *, version: int, limit: str, used: int, inactive: int = 0, active: int = 0) -> None:

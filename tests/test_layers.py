@@ -16,13 +16,13 @@ SERVICE = REPOSITORY / "app"
 
 # What the service may use of the pipeline: models, data formats and the machine, but no training.
 SERVED = {
-    "checkpoint", "config", "config_reference", "console", "errors", "generation", "models", "pipeline", "presets",
-    "prompt", "runtime", "sampling", "scoring", "sequences", "slots", "telemetry", "tokenizer", "vllm_engine",
+    "cgroups", "checkpoint", "config", "config_reference", "console", "errors", "generation", "models", "pipeline",
+    "presets", "prompt", "runtime", "sampling", "scoring", "sequences", "slots", "telemetry", "tokenizer", "vllm_engine",
 }  # fmt: skip
 
 # A module may import from its own line and the lines above it.
 LAYERS = (
-    {"errors", "synthetic_wording", "processes", "gpus"},
+    {"errors", "synthetic_wording", "processes", "gpus", "cgroups", "triton_cache"},
     {"config", "checkpoint", "console"},
     {"presets", "config_reference", "runtime", "telemetry", "schedule", "results", "shares"},
     {"prompt", "losses", "advantages", "bootstrap", "calibration", "rouge", "charts", "pipeline"},

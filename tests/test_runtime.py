@@ -10,7 +10,7 @@ import torch
 
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError, StopRequested
-from rlhf.runtime import StopSignal, choose_device, generator, seed_everything, torch_dtype
+from rlhf.runtime import StopSignal, choose_device, generator, prepare_runtime, seed_everything, torch_dtype
 
 
 def test_a_seed_fixes_every_source_of_chance() -> None:
@@ -61,3 +61,18 @@ def test_a_signal_is_remembered_and_a_second_changes_nothing(number: signal.Sign
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+@pytest.mark.parametrize(("asked", "cores", "expected"), [(None, 1, 1), (None, 999, 2), (3, 1, 3)])
+def test_no_more_threads_than_a_container_may_use(
+    asked: int | None, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the call would set for all that follows
+    monkeypatch.setattr("rlhf.cgroups.usable_cores", lambda root, membership: cores)
+    try:
+        torch.set_num_threads(2)
+        prepare_runtime(RuntimeConfig(device="cpu", threads=asked), seed=1)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -17,11 +17,11 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from app import cgroups
 from app.loading import LoadedRun, load_run
 from app.memory import NoRoom
 from app.published import published
 from app.settings import Settings
+from rlhf import cgroups
 from rlhf.checkpoint import StageDir, fingerprint
 from rlhf.errors import ConfigError, PrerequisiteError
 from rlhf.generation import BuiltinEngine

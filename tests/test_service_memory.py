@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app import cgroups
 from app.devices import choose_device, choose_dtype, free_bytes
 from app.memory import GIB, Need, NoRoom, Workload, check_room, count_parameters, model_need, total_need
+from rlhf import cgroups
 from rlhf.errors import ConfigError, PrerequisiteError
 from tests.conftest import REPOSITORY
 from tests.fakes import tiny_llama, tiny_policy

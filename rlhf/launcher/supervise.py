@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf import cgroups
 from rlhf.errors import StopRequested, UnavailableError
 from rlhf.launcher.agent import REPORT, Order
 from rlhf.launcher.outcome import (
@@ -76,7 +77,7 @@ def conclude(here: Outcome, elsewhere: list[Outcome]) -> Outcome:
 
 def start_agent(order: Order, arguments: list[str]) -> subprocess.Popen[bytes]:
     """Start torchrun's agent, with an even share of the cores for each of its processes unless that is set."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cgroups.usable_cores(cgroups.CGROUPS, cgroups.MEMBERSHIP)
     threads = {"OMP_NUM_THREADS": str(max(cores // order.processes, 1))}
     # In a session of its own, so that Ctrl-C reaches the processes through us, and once.
     return subprocess.Popen(order.command_line(arguments), env=threads | os.environ, start_new_session=True)
