@@ -6,6 +6,9 @@ SEEDS ?= 1 2 3
 RUN ?= demo
 # What pip is told beside the lock file, for example a mirror or a CPU-only build of torch.
 PIP_ARGS ?=
+# The image: for GPUs or not, and further options of the builder, --build-arg PIP_INDEX_URL=… for example.
+ACCELERATOR ?= cuda
+BUILD_ARGS ?=
 # Kubernetes: which overlay of k8s/overlays, which image (empty: the overlay's), and options of `rlhf deploy`.
 OVERLAY ?= single-node
 IMAGE ?=
@@ -13,6 +16,7 @@ STAGE ?= ppo
 ARGS ?=
 
 BIN := $(VENV)/bin
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' rlhf/__init__.py)
 RLHF := $(BIN)/python -m rlhf
 
 .DEFAULT_GOAL := help
@@ -52,6 +56,15 @@ serve: setup ## serve the run RUN (the demo) on http://127.0.0.1:8000
 
 bench-service: setup ## what batching gains the service, on this machine
 	$(BIN)/python -m tests.benchmarks.service
+
+image: ## build the image with docker or buildah: ACCELERATOR=cuda or cpu, IMAGE, PIP_ARGS, BUILD_ARGS
+	@if docker info >/dev/null 2>&1; then builder="docker build"; \
+	elif command -v buildah >/dev/null; then builder="buildah bud --layers"; \
+	else echo "an image needs docker, with its engine running, or buildah"; exit 1; fi; set -x; \
+	$$builder -f docker/Dockerfile -t $(or $(IMAGE),rlhf-summarizer:$(VERSION)-$(ACCELERATOR)) \
+	  --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) \
+	  $(if $(PIP_ARGS),--build-arg PIP_ARGS='$(PIP_ARGS)') $(BUILD_ARGS) .
 
 $(DEPLOYMENTS): deploy-%: setup
 	$(RLHF) deploy $* --overlay $(OVERLAY) $(if $(IMAGE),--image $(IMAGE)) --wait --follow $(ARGS)
@@ -94,7 +107,7 @@ docs: setup ## write again what is generated: tables of settings in docs/, the J
 	$(BIN)/python -m app settings > docs/service-settings.md
 	$(BIN)/python -m rlhf.cluster.jobset k8s/base > k8s/overlays/jobset/jobset.yaml
 
-lock: ## renew requirements/lock.txt from pyproject.toml
+lock: ## renew the lock files in requirements/ from pyproject.toml
 	$(PYTHON) requirements/renew.py $(PIP_ARGS)
 
 clean: ## remove the environment; runs stay

@@ -17,7 +17,8 @@ SERVICE = REPOSITORY / "app"
 # What the service may use of the pipeline: models, data formats and the machine, but no training.
 SERVED = {
     "cgroups", "checkpoint", "config", "config_reference", "console", "errors", "generation", "models", "pipeline",
-    "presets", "prompt", "runtime", "sampling", "scoring", "sequences", "slots", "telemetry", "tokenizer", "vllm_engine",
+    "presets", "prompt", "runtime", "sampling", "scoring", "sequences", "slots", "telemetry", "tokenizer",
+    "vllm_engine",
 }  # fmt: skip
 
 # A module may import from its own line and the lines above it.
