@@ -40,11 +40,19 @@ def test_a_pod_that_no_scheduler_saw_is_told() -> None:
 
 
 def test_an_image_stays_one_trouble_while_its_reason_alternates() -> None:
-    pulls = [waiting(reason, "not found") for reason in ("ErrImagePull", "ImagePullBackOff")]
-    facts = [only(job_facts(seen(job(), pod(node="a", states={"check": state})))) for state in pulls]
-    assert [fact.about for fact in facts] == ["image/rlhf-ppo-0"] * 2
-    assert facts[0].text.startswith("ErrImagePull of r/rlhf-summarizer:1: not found; is it pushed")
-    assert all(fact.blocks for fact in facts)
+    def told(reason: str, message: str, *events: Document) -> Fact:
+        return only(job_facts(seen(job(), pod(node="a", states={"check": waiting(reason, message)}), events=events)))
+
+    expected = "image r/rlhf-summarizer:1 cannot be had (ImagePullBackOff): not found; is it pushed, and may the node"
+    pull = told("ErrImagePull", "not found")
+    assert pull.text.startswith(expected)
+    assert pull.blocks
+    assert told("ImagePullBackOff", 'Back-off pulling image "x": ErrImagePull: not found') == pull
+    older = event(pod(), "Failed", 'Failed to pull image "x": not found')
+    assert (
+        "(ImagePullBackOff): Failed to pull image" in told("ImagePullBackOff", 'Back-off pulling image "x"', older).text
+    )
+    assert "cannot be had (InvalidImageName): bad" in told("InvalidImageName", "bad").text
 
 
 def test_a_container_whose_secret_is_missing_is_told() -> None:
@@ -111,8 +119,8 @@ def test_a_suspended_job_waits_in_a_queue_and_is_not_stuck() -> None:
     assert only(job_facts(seen(job(suspend=True)))).text == "is suspended"
 
 
-def history(*pods: Document, failed: int = 0) -> list[str]:
-    return [str(fact) for fact in job_facts(seen(job(failed=failed), *pods))]
+def history(*pods: Document) -> list[str]:
+    return [str(fact) for fact in job_facts(seen(job(), *pods))]
 
 
 def test_what_happened_to_pods_that_others_replaced() -> None:
@@ -123,9 +131,8 @@ def test_what_happened_to_pods_that_others_replaced() -> None:
         "rlhf-ppo-0: is taken away (PreemptionByScheduler: for a better); another pod goes on from the last save"
     ]
     assert history(stopped) == ["rlhf-ppo-0: stopped with its state saved; another pod goes on"]
-    assert history(broken, failed=2) == [
-        "rlhf-ppo-0: exit code 1: RuntimeError: NCCL (failure 2 of 7 that end the stage)"
-    ]
+    assert history(broken) == ["rlhf-ppo-0: exit code 1: RuntimeError: NCCL; another pod tries again (backoffLimit 6)"]
+    assert history(pod(phase="Failed", states={"check": ended(66, "no model")})) == []
 
 
 def test_pods_of_a_service_that_crash_or_cannot_be_made() -> None:

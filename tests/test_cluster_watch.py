@@ -47,13 +47,19 @@ def watch(
 def test_each_fact_is_told_once_and_again_when_it_changes() -> None:
     other = condition("PodScheduled", "Unschedulable", "0/4 nodes are available.", status="False")
     changed = seen(job(), pod(conditions=(other,)))
-    waiting_for, told, _ = watch(WAITS, WAITS, changed, WAITS, changed, RUNS, RUNS, DONE)
+    waiting_for, told, _ = watch(WAITS, WAITS, changed, WAITS, changed, RUNS, RUNS, WAITS, RUNS, DONE)
     assert waiting_for.wait() == Verdict(0, "ppo is done")
     assert [line.partition(" (")[0] for line in told] == [
         "rlhf-ppo-0: Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
         "rlhf-ppo-0: Unschedulable: 0/4 nodes are available.",
         "rlhf-ppo-0: runs on a",
     ]
+
+
+def test_what_is_gone_in_a_moment_is_not_told() -> None:
+    waiting_for, told, _ = watch(WAITS, RUNS, DONE)
+    waiting_for.wait()
+    assert told == ["rlhf-ppo-0: runs on a"]
 
 
 def test_an_obstacle_that_stands_too_long_ends_the_wait_and_not_the_job() -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from rlhf.cluster.documents import GPU, Document, conditions
 from rlhf.cluster.snapshot import Snapshot, container_statuses, event_time, phase, short_name
-from rlhf.cluster.verdict import endings, telling
+from rlhf.cluster.verdict import FINAL_CODES, endings, telling
 
-IMAGE_REASONS = frozenset(
-    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
-)
+PULL_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff"})
+IMAGE_REASONS = PULL_REASONS | {"InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
+PULL_FAILED = "Failed to pull image"
 CONTAINER_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 # A claim that waits for its pod to find a node: the pod's own reason is the one to tell.
 POD_FIRST_REASONS = frozenset({"WaitForFirstConsumer", "WaitForPodScheduled"})
@@ -94,8 +94,10 @@ def _history(pod: Document, job: Document) -> list[Fact]:
     if phase(pod) == "Failed" and (ending := telling(endings([pod]))):
         if ending.exit_code == 75:
             return [Fact(f"ended/{uid}", name, "stopped with its state saved; another pod goes on")]
-        failed, limit = job.get("status", {}).get("failed", 0), job["spec"].get("backoffLimit", 6)
-        return [Fact(f"ended/{uid}", name, f"{ending.describe()} (failure {failed} of {limit + 1} that end the stage)")]
+        if ending.exit_code in FINAL_CODES:  # the verdict follows, and says it
+            return []
+        limit = job["spec"].get("backoffLimit", 6)
+        return [Fact(f"ended/{uid}", name, f"{ending.describe()}; another pod tries again (backoffLimit {limit})")]
     if phase(pod) == "Running":
         return [Fact(f"runs/{uid}", name, f"runs on {node}")]
     return []
@@ -105,7 +107,7 @@ def _pod_facts(snapshot: Snapshot) -> list[Fact]:
     """Each waiting pod's reason."""
     facts = []
     for pod in snapshot.pods:
-        trouble = _container_trouble(pod)
+        trouble = _container_trouble(pod, snapshot.events_of(pod))
         if trouble is not None:
             facts.append(trouble)
         elif phase(pod) == "Pending" and "deletionTimestamp" not in pod["metadata"]:
@@ -113,22 +115,32 @@ def _pod_facts(snapshot: Snapshot) -> list[Fact]:
     return facts
 
 
-def _container_trouble(pod: Document) -> Fact | None:
+def _container_trouble(pod: Document, events: list[Document]) -> Fact | None:
     """A container that cannot start, in the kubelet's words."""
     name = short_name(pod)
     for status in container_statuses(pod):
         waiting = status.get("state", {}).get("waiting") or {}
         reason, message = waiting.get("reason", ""), waiting.get("message", "")
         if reason in IMAGE_REASONS:
-            words = message or "no reason given"
-            text = f"{reason} of {status.get('image')}: {words}; is it pushed, and may the node pull it?"
-            return Fact(f"image/{name}", name, text, blocks=True)
+            return Fact(
+                f"image/{name}", name, _pull_text(reason, status.get("image", ""), message, events), blocks=True
+            )
         if reason in CONTAINER_REASONS:
             return Fact(f"container/{name}", name, f"{reason}: {message}", blocks=True)
         if reason == CRASH_LOOP and (ending := telling(endings([pod]))):
             text = f"starts again and again ({status.get('restartCount', 0)} times); {ending.describe()}"
             return Fact(f"crash/{name}", name, text, blocks=True, exit_code=ending.exit_code)
     return None
+
+
+def _pull_text(reason: str, image: str, message: str, events: list[Document]) -> str:
+    """Why an image is not there; the kubelet's two alternating reasons are one, and read the same."""
+    told = [event["message"] for event in events if event.get("message", "").startswith(PULL_FAILED)]
+    if reason == "ImagePullBackOff" and told and ": ErrImagePull: " not in message:
+        message = told[-1]  # before Kubernetes 1.31 the state itself does not name the cause
+    cause = message.rpartition("ErrImagePull: ")[2] or "no reason given"
+    name = "ImagePullBackOff" if reason in PULL_REASONS else reason
+    return f"image {image} cannot be had ({name}): {cause}; is it pushed, and may the node pull it?"
 
 
 def _waiting(pod: Document, events: list[Document]) -> Fact:
@@ -143,8 +155,8 @@ def _waiting(pod: Document, events: list[Document]) -> Fact:
     if events and events[-1].get("type") == "Warning":
         text = f"{events[-1].get('reason', '')}: {events[-1].get('message', '')}"
         return Fact(f"start/{name}", name, " ".join(text.split()), blocks=True)
-    newest = f": {events[-1].get('message', '')}" if events else ""
-    return Fact(f"starting/{name}", name, f"is being started on {pod['spec']['nodeName']}{newest}")
+    pulling = f": {events[-1].get('message', '')}" if events and events[-1].get("reason") == "Pulling" else ""
+    return Fact(f"starting/{name}", name, f"is being started on {pod['spec']['nodeName']}{pulling}")
 
 
 def _asks(pod: Document) -> str:

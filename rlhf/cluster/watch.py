@@ -80,14 +80,19 @@ class Watch:
         if verdict := self.subject.verdict(snapshot):
             return verdict
         facts = self.subject.facts(snapshot)
-        for fact in facts:
-            if (fact.about, fact.text) not in self._told:
-                self._told.add((fact.about, fact.text))
-                self.tell(str(fact))
+        self._tell_news(facts)
         if crash := self._hopeless(snapshot, facts):
             return crash
         self._check_patience(facts)
         return None
+
+    def _tell_news(self, facts: Iterable[Fact]) -> None:
+        """Tell each fact once; one that blocks only if it stood a look before, as most are gone in a moment."""
+        for fact in facts:
+            stands = not fact.blocks or fact.about in self._since
+            if stands and (fact.about, fact.text) not in self._told:
+                self._told.add((fact.about, fact.text))
+                self.tell(str(fact))
 
     def _check_same(self, snapshot: Snapshot) -> None:
         """Stay with the one object that the wait began with."""

@@ -255,7 +255,7 @@ class Kubelet:
 
     def _work(self) -> None:
         """What a kubelet does by itself: start what is to be started, let go what is to go."""
-        while not self._stop.wait(0.15):
+        while not self._stop.wait(0.2):
             try:
                 answer = self.api.list_pod_for_all_namespaces(_preload_content=False)
             except (ApiException, HTTPError):  # the server is away

@@ -41,14 +41,16 @@ def test_an_image_that_cannot_be_pulled(rlhf: Run, cluster: Cluster, kubelet: Ku
     def fail() -> None:
         (pod,) = kubelet.wait_for_pods(cluster.namespace)
         kubelet.wait_with(pod, "check", "ErrImagePull", "manifest unknown")
-        kubelet.wait_with(pod, "check", "ImagePullBackOff", "Back-off pulling image")
+        kubelet.wait_with(pod, "check", "ImagePullBackOff", "Back-off pulling image: ErrImagePull: manifest unknown")
 
     thread = threading.Thread(target=fail)
     thread.start()
     assert rlhf("deploy", "fetch", *LOCAL, *STUCK) == 69
     thread.join()
     said = last_line(capsys)
-    assert "ImagePullBackOff of registry.example.com/rlhf-summarizer:0.1.0-test: Back-off pulling image" in said
+    assert (
+        "image registry.example.com/rlhf-summarizer:0.1.0-test cannot be had (ImagePullBackOff): manifest unkn" in said
+    )
 
 
 @pytest.mark.usefixtures("controllers")
