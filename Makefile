@@ -9,6 +9,9 @@ PIP_ARGS ?=
 # The image: for GPUs or not, and further options of the builder, --build-arg PIP_INDEX_URL=… for example.
 ACCELERATOR ?= cuda
 BUILD_ARGS ?=
+# Builders that make every stage, needed or not, are spared the base images of the other kind.
+OTHER_BASES_cuda := CPU_IMAGE
+OTHER_BASES_cpu := CUDA_BUILD_IMAGE CUDA_RUNTIME_IMAGE
 # Kubernetes: which overlay of k8s/overlays, which image (empty: the overlay's), and options of `rlhf deploy`.
 OVERLAY ?= single-node
 IMAGE ?=
@@ -59,11 +62,12 @@ bench-service: setup ## what batching gains the service, on this machine
 
 image: ## build the image with docker or buildah: ACCELERATOR=cuda or cpu, IMAGE, PIP_ARGS, BUILD_ARGS
 	@if docker info >/dev/null 2>&1; then builder="docker build"; \
-	elif command -v buildah >/dev/null; then builder="buildah bud --layers"; \
+	elif command -v buildah >/dev/null; then builder="buildah bud --layers --format docker"; \
 	else echo "an image needs docker, with its engine running, or buildah"; exit 1; fi; set -x; \
 	$$builder -f docker/Dockerfile -t $(or $(IMAGE),rlhf-summarizer:$(VERSION)-$(ACCELERATOR)) \
 	  --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg VERSION=$(VERSION) \
 	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) \
+	  $(OTHER_BASES_$(ACCELERATOR):%=--build-arg %=scratch) \
 	  $(if $(PIP_ARGS),--build-arg PIP_ARGS='$(PIP_ARGS)') $(BUILD_ARGS) .
 
 $(DEPLOYMENTS): deploy-%: setup
