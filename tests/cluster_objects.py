@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.cluster.documents import Document
+from rlhf.cluster.documents import COMPONENT, Document
 from rlhf.cluster.snapshot import Snapshot
 
 NOON = "2026-01-02T12:00:00Z"
@@ -14,7 +14,12 @@ def job(*conditions: Document, suspend: bool = False, labels: dict[str, str] | N
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": "rlhf-ppo", "uid": "job", "labels": labels or {}, "creationTimestamp": NOON},
+        "metadata": {
+            "name": "rlhf-ppo",
+            "uid": "job",
+            "labels": {COMPONENT: "ppo", **(labels or {})},
+            "creationTimestamp": NOON,
+        },
         "spec": {
             "suspend": suspend,
             "parallelism": 1,

@@ -139,7 +139,7 @@ def test_what_passes_is_tried_again(cluster: Cluster, server: Server, told: list
     assert cluster.get(JOB, "x") == {"a": 1}
     assert len(server.requests) == 6
     assert "does not answer" in told[0]
-    assert told[0].endswith("trying again for 180 seconds")
+    assert told[0].endswith("trying again for up to 180 seconds")
     assert "cannot answer now (HTTP 503): starting" in told[1]
 
 

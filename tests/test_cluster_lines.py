@@ -29,6 +29,7 @@ def test_progress_is_read_from_its_line() -> None:
     shown = (("reward", "0.41"), ("kl", "1.2"))
     assert parse_progress(STEP) == Progress("ppo", 3, 16, "iterations", 120.4, shown)
     assert str(parse_progress(STEP)) == "ppo: 3 of 16 iterations, about 2 min 0 s left, reward 0.41, kl 1.2"
+    assert str(parse_progress(STEP.replace("done=3", "done=16"))) == "ppo: 16 of 16 iterations, reward 0.41, kl 1.2"
     begun = parse_progress(fact("progress stage=sft done=0 total=16 unit=steps"))
     assert begun == Progress("sft", 0, 16, "steps", None, ())
     assert str(begun) == "sft: 0 of 16 steps"
@@ -70,7 +71,15 @@ def test_a_pipe_gets_lines_as_they_are() -> None:
     assert words.getvalue() == "it runs\n"
 
 
-def test_a_terminal_gets_words_above_one_line_of_progress() -> None:
+def test_progress_is_cut_to_the_terminals_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "21")
+    terminal = Terminal()
+    Screen(terminal, terminal).log("", STEP)
+    assert terminal.getvalue() == "ppo: 3 of 16 iterati"
+
+
+def test_a_terminal_gets_words_above_one_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     terminal = Terminal()
     screen = Screen(terminal, terminal)
     screen.log("rlhf-ppo-0", fact("oh", traceback="Trace\n  why"))

@@ -79,6 +79,9 @@ class Server:
         self.streams, self.queries = list(streams), list[Query]()
         self.opened = threading.Semaphore(0)
 
+    def passes(self, error: UnavailableError) -> bool:
+        return "settling" in str(error)
+
     def log(self, name: str, query: Query, *, read_seconds: float) -> Iterator[bytes]:
         self.queries.append(query)
         self.opened.release()
@@ -91,7 +94,7 @@ class Server:
 def following(server: Server, act: Callable[[LogFollower], None], monkeypatch, tail: int | None = None) -> list[str]:
     monkeypatch.setattr(streams, "PAUSE_SECONDS", 0.01)
     printed: list[str] = []
-    follower = LogFollower(server, lambda who, line: printed.append(f"{who}>{line}"), tail=tail)
+    follower = LogFollower(server, lambda who, line: printed.append(f"{who}>{line}"), printed.append, tail=tail)
     act(follower)
     follower.finish(10)
     return printed
@@ -136,6 +139,14 @@ def test_a_pod_that_is_gone_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pod_that_failed_before_its_container_began_has_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = stage_pod(waiting("PodInitializing"), "Failed")
     assert following(Server(), lambda follower: follower.show([failed], named=False), monkeypatch) == []
+
+
+def test_a_log_that_may_not_be_read_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    settling, no = ApiRefusal("settling", 403, {}), ApiRefusal("you may not", 403, {})
+    server = Server((b"", settling), (b"", no))
+    done = stage_pod(ended(0), "Succeeded")
+    printed = following(server, lambda follower: follower.show([done], named=False), monkeypatch)
+    assert printed == ["no log of rlhf-ppo-0: you may not"]
 
 
 def test_the_tail_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ class ApiRefusal(UnavailableError):
 
 @dataclass
 class Cluster:
-    """One namespace of a cluster.
+    """One namespace of a cluster; context is the kubeconfig's that was asked for, if one was.
 
     tell gets a line for what the API server warns of, and when it is away. Requests are repeated for
     `patience_seconds` then; before it has answered once, only for a moment, as the address is probably wrong.
@@ -65,6 +65,7 @@ class Cluster:
     client: ApiClient
     namespace: str
     tell: Callable[[str], None]
+    context: str | None = None
     patience_seconds: float = PATIENCE_SECONDS
     _paths: dict[Kind, tuple[str, bool]] = field(default_factory=dict)
     _reached: bool = False
@@ -171,14 +172,14 @@ class Cluster:
                 return answer
             except UnavailableError as error:
                 patience = self.patience_seconds if self._reached else FIRST_PATIENCE_SECONDS
-                if not self._passes(error) or time.monotonic() - started > patience:
+                if not self.passes(error) or time.monotonic() - started > patience:
                     raise
                 if self._reached:
-                    self.tell(f"{error}; trying again for {patience:.0f} seconds")
+                    self.tell(f"{error}; trying again for up to {patience:.0f} seconds")
             time.sleep(pause * random.uniform(0.75, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    def _passes(self, error: UnavailableError) -> bool:
+    def passes(self, error: UnavailableError) -> bool:
         """Whether a failure may be gone in a moment."""
         if not isinstance(error, ApiRefusal):
             self._away = time.monotonic()

@@ -59,8 +59,8 @@ def apply_documents(
         tell(f"left to an administrator, as this account may not apply them: {', '.join(left)}")
 
 
-def check_with_server(cluster: Cluster, documents: Sequence[Document]) -> str:
-    """Have the server check documents without keeping them; what could not be checked, or nothing.
+def check_with_server(cluster: Cluster, documents: Sequence[Document], *, force: bool = False) -> str:
+    """Have the server do all that `apply_documents` would, and keep nothing; what could not be checked, or nothing.
 
     Raises ConfigError and ConflictError as `apply_documents` does.
     """
@@ -70,7 +70,7 @@ def check_with_server(cluster: Cluster, documents: Sequence[Document]) -> str:
             # An existing Job is immutable, and is not what we ask about.
             trial = {**document, "metadata": {**document["metadata"], "name": f"{document['metadata']['name']}-check"}}
         try:
-            cluster.apply(trial, dry_run=True, force=True)
+            _apply(cluster, trial, force=force, dry_run=True)
         except ApiRefusal as refusal:
             if refusal.status == 403 and _is_administrators(cluster, document):
                 continue
@@ -83,14 +83,15 @@ def check_with_server(cluster: Cluster, documents: Sequence[Document]) -> str:
     return ""
 
 
-def _apply(cluster: Cluster, document: Document, *, force: bool) -> None:
+def _apply(cluster: Cluster, document: Document, *, force: bool, dry_run: bool = False) -> None:
     """Apply one document; fields that `kubectl apply` put there are taken over."""
     try:
-        cluster.apply(document, force=force)
+        cluster.apply(document, force=force, dry_run=dry_run)
     except ApiRefusal as refusal:
-        if refusal.status != 409 or not conflicting_managers(refusal) or conflicting_managers(refusal) - KUBECTL_APPLY:
+        managers = conflicting_managers(refusal)
+        if refusal.status != 409 or not managers or managers - KUBECTL_APPLY:
             raise
-        cluster.apply(document, force=True)
+        cluster.apply(document, force=True, dry_run=dry_run)
 
 
 def conflicting_managers(refusal: ApiRefusal) -> set[str]:

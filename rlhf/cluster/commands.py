@@ -103,6 +103,7 @@ def deploy_documents(
 ) -> int:
     """Put one part or the whole pipeline into the cluster; the verdict's exit code where it is waited for."""
     from rlhf.cluster.deploy import Manner, deploy, deploy_all
+    from rlhf.cluster.jobs import watch_command
     from rlhf.cluster.waiting import Waiting, wait_for
 
     manner = Manner(replace=options.replace, force_conflicts=options.force_conflicts)
@@ -112,7 +113,7 @@ def deploy_documents(
     else:
         deploy(cluster, documents, options.part, manner, screen.say)
         if not (options.wait or options.follow):
-            screen.say(f"{options.part} is deployed; `make cluster-logs STAGE={options.part}` watches it")
+            screen.say(f"{options.part} is deployed; `{watch_command(cluster, options.part)}` watches it")
             return 0
         verdict = wait_for(cluster, options.part, waiting, screen)
     screen.say(verdict.line)
@@ -149,7 +150,7 @@ def dry_run(options: argparse.Namespace, documents: Sequence[Document], screen: 
     sys.stdout.flush()
     try:
         with open_cluster(options, screen, home_namespace(documents)) as cluster:
-            unchecked = check_with_server(cluster, documents)
+            unchecked = check_with_server(cluster, documents, force=options.force_conflicts)
     except ApiRefusal:
         raise
     except UnavailableError as error:

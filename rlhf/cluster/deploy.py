@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from rlhf.cluster.api import DEPLOYMENT, FIELD_MANAGER, JOB, Cluster
+from rlhf.cluster.api import DEPLOYMENT, FIELD_MANAGER, Cluster
 from rlhf.cluster.apply import apply_documents, check_with_server, refuse_to_disturb
-from rlhf.cluster.documents import SERVICES, SHARED, Document, belonging, identity, job_identity
-from rlhf.cluster.jobs import job_name, job_state, refuse_active, remove_job
+from rlhf.cluster.documents import SERVICES, SHARED, Document, belonging, identity, job_identity, workload_name
+from rlhf.cluster.jobs import job_state, refuse_active, refuse_owned, remove_job
 from rlhf.cluster.obstacles import crashes
 from rlhf.cluster.screen import Screen
-from rlhf.cluster.snapshot import deployment_snapshot
+from rlhf.cluster.snapshot import deployment_snapshot, find_job
 from rlhf.cluster.verdict import Verdict
 from rlhf.cluster.waiting import Waiting, wait_for
-from rlhf.errors import ConflictError
 
 RESTART_ANNOTATION = "rlhf.summarizer/restarted"
 DONE, JOIN = "is done already", "is at work already; joining it"
@@ -36,17 +35,18 @@ def deploy(
 
     Raises ConflictError while its Job is active, unless `manner.replace`, or where that would disturb another Job.
     """
-    job = None if part in SERVICES else cluster.get(JOB, job_name(part))
-    if not manner.replace:
-        refuse_active(job, part)
+    job = None if part in SERVICES else find_job(cluster, part)
+    if job is not None:
+        refuse_owned(job)
+        if not manner.replace:
+            refuse_active(cluster, job)
     wanted = [*belonging(documents, SHARED), *belonging(documents, part)]
     refuse_to_disturb(cluster, wanted, [part])
     # Before anything is taken away: what replaces it must be right.
-    if unchecked := check_with_server(cluster, wanted):
-        tell(unchecked)
+    check_with_server(cluster, wanted, force=manner.force_conflicts)
     if job is not None:
         remove_job(cluster, job, tell)
-    crashed = part in SERVICES and crashes(deployment_snapshot(cluster, job_name(part)))
+    crashed = part in SERVICES and crashes(deployment_snapshot(cluster, part))
     apply_documents(cluster, wanted, tell, force=manner.force_conflicts)
     if crashed:
         _start_anew(cluster, part)
@@ -58,7 +58,7 @@ def _start_anew(cluster: Cluster, service: str) -> None:
     The note belongs to a manager of its own: as one of ours, the next deployment would take it away, with the pods.
     """
     note = {RESTART_ANNOTATION: datetime.now(UTC).isoformat(timespec="seconds")}
-    metadata = {"name": job_name(service), "namespace": cluster.namespace}
+    metadata = {"name": workload_name(service), "namespace": cluster.namespace}
     spec = {"template": {"metadata": {"annotations": note}}}
     document = {"apiVersion": DEPLOYMENT.api_version, "kind": DEPLOYMENT.name, "metadata": metadata, "spec": spec}
     cluster.apply(document, force=True, manager=f"{FIELD_MANAGER}-restart")
@@ -78,9 +78,9 @@ def deploy_all(
     """
     patience = waiting.patience()
     for number, stage in enumerate(stages, start=1):
-        heading = f"[{number}/{len(stages)}] {stage}"
-        action = next_action(cluster.get(JOB, job_name(stage)), documents, stage, manner)
-        screen.say(f"{heading}: {action}")
+        heading = f"[{number}/{len(stages)}]"
+        action = next_action(cluster, find_job(cluster, stage), documents, manner)
+        screen.say(f"{heading} {stage} {action}")
         if action == DONE:
             continue
         if action != JOIN:
@@ -88,29 +88,27 @@ def deploy_all(
         verdict = wait_for(cluster, stage, waiting, screen, patience)
         if verdict.exit_code:
             return verdict
-        screen.say(f"{heading}: {verdict.line}")
+        screen.say(f"{heading} {verdict.line}")
     return Verdict(0, f"all stages of run {identity(documents).run} are done")
 
 
-def next_action(job: Document | None, documents: Sequence[Document], stage: str, manner: Manner) -> str:
+def next_action(cluster: Cluster, job: Document | None, documents: Sequence[Document], manner: Manner) -> str:
     """What to do about a stage, as a heading: DONE, JOIN, or words for deploying it.
 
     Raises ConflictError while its Job is at work on another run or with other settings, unless `manner.replace`.
     """
     state, wanted = job_state(job), identity(documents)
-    same = job is not None and job_identity(job) == wanted
+    if job is None:
+        return f"starts for run {wanted.run}"
+    theirs = job_identity(job)
+    same = theirs == wanted
     if state == "complete" and same:
         return DONE
-    if state == "active" and not manner.replace:
-        if same:
-            return JOIN
-        assert job is not None
-        theirs = job_identity(job)
-        what = f"run {theirs.run!r}" if theirs.run and theirs.run != wanted.run else "other settings than these"
-        raise ConflictError(
-            f"Job {job_name(stage)} is active with {what}: watch it with `make cluster-logs STAGE={stage}`, "
-            "or replace it with --replace (it saves its state first)"
-        )
+    if state == "active" and same and not manner.replace:
+        return JOIN
+    if not manner.replace:
+        other_run = theirs.run and theirs.run != wanted.run
+        refuse_active(cluster, job, f" with run {theirs.run!r}" if other_run else " with other settings than these")
     if state == "failed" and same:
         return "failed before; trying again"
-    return "replacing the Job at work" if state == "active" else f"starting for run {wanted.run}"
+    return "is at work; replacing its Job" if state == "active" else f"starts for run {wanted.run}"

@@ -30,6 +30,11 @@ class Identity:
     config: str
 
 
+def workload_name(part: str) -> str:
+    """What the Job of a stage, or the Deployment and the Service of a service, are called."""
+    return f"rlhf-{part}"
+
+
 def title(document: Document) -> str:
     """`Job/rlhf-ppo`, as kubectl names it."""
     return f"{document['kind']}/{document['metadata']['name']}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from rlhf.cluster.api import JOB, Cluster
-from rlhf.cluster.documents import Document, conditions
+from rlhf.cluster.documents import NAMESPACE, Document, component, conditions
 from rlhf.cluster.snapshot import job_pods, pause
 from rlhf.errors import ConflictError, UnavailableError
 
@@ -26,17 +26,29 @@ def job_state(job: Document | None) -> State:
     return "complete" if "Complete" in true else "failed" if "Failed" in true else "active"
 
 
-def job_name(stage: str) -> str:
-    """The Job of a stage."""
-    return f"rlhf-{stage}"
+def watch_command(cluster: Cluster, part: str) -> str:
+    """What to type to watch a stage or a service."""
+    place = f"--namespace {cluster.namespace}" if cluster.namespace != NAMESPACE else ""
+    place += f" --context {cluster.context}" if cluster.context else ""
+    return f"make cluster-logs STAGE={part}" + (f" ARGS='{place.strip()}'" if place else "")
 
 
-def refuse_active(job: Document | None, stage: str) -> None:
-    """Raise ConflictError for a Job at work."""
+def refuse_active(cluster: Cluster, job: Document, with_what: str = "") -> None:
+    """Raise ConflictError for a Job at work; with_what adds what it works on."""
+    name, stage = job["metadata"]["name"], component(job)
     if job_state(job) == "active":
         raise ConflictError(
-            f"Job {job_name(stage)} is active: watch it with `make cluster-logs STAGE={stage}`, "
+            f"Job {name} is active{with_what}: watch it with `{watch_command(cluster, stage)}`, "
             "or replace it with --replace (it saves its state first)"
+        )
+
+
+def refuse_owned(job: Document) -> None:
+    """Raise ConflictError for a Job that another object made: deleted, it would be made again."""
+    for owner in job["metadata"].get("ownerReferences", []):
+        raise ConflictError(
+            f"Job {job['metadata']['name']} belongs to {owner['kind']} {owner['name']}; to run stages one by one, "
+            f"`kubectl delete {owner['kind'].lower()} {owner['name']}` first"
         )
 
 

@@ -35,4 +35,4 @@ def connect(context: str | None, namespace: str, tell: Callable[[str], None]) ->
         ) from error
     settings.retries = False  # ours tell the two kinds of failure apart, and last as long as a server takes to restart
     settings.connection_pool_maxsize = 64  # every followed pod holds one
-    return Cluster(ApiClient(settings), namespace, tell)
+    return Cluster(ApiClient(settings), namespace, tell, context)

@@ -38,7 +38,7 @@ class Progress:
 
     def __str__(self) -> str:
         text = f"{self.stage}: {self.done} of {self.total} {self.unit}"
-        if self.seconds_left is not None:
+        if self.seconds_left is not None and self.done < self.total:
             text += f", about {duration(self.seconds_left)} left"
         return text + "".join(f", {key} {value}" for key, value in self.shown)
 

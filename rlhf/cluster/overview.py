@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rlhf.cluster.api import DEPLOYMENT, SERVICE, ApiRefusal, Cluster
-from rlhf.cluster.documents import SERVICES, Document, job_identity
-from rlhf.cluster.jobs import job_name, job_state
+from rlhf.cluster.api import DEPLOYMENT, EVENT, SERVICE, ApiRefusal, Cluster
+from rlhf.cluster.documents import SERVICES, Document, job_identity, workload_name
+from rlhf.cluster.jobs import job_state
 from rlhf.cluster.lines import Progress, duration, parse_progress
 from rlhf.cluster.obstacles import deployment_facts, job_facts
 from rlhf.cluster.snapshot import Snapshot, deployment_snapshot, job_snapshot, phase
@@ -17,6 +17,7 @@ from rlhf.errors import UnavailableError
 
 COLUMNS = ("stage", "state", "run", "step", "reward", "time left", "retries", "node")
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+CREATED = "SuccessfulCreate"
 LOG_LINES = 400
 LOG_SECONDS = 10.0
 
@@ -47,13 +48,24 @@ class Row:
 
 def overview(cluster: Cluster, stages: Sequence[str]) -> str:
     """The whole answer of `cluster-status`; what the account may not read is left out and named."""
-    rows = [stage_row(cluster, stage) for stage in stages]
+    events, unread = _events(cluster)
+    rows = [stage_row(cluster, stage, events) for stage in stages]
     lines = table([COLUMNS, *(row.cells() for row in rows)])
     lines += [f"{row.stage}: {row.why}" for row in rows if row.why]
     lines += [line for service in SERVICES for line in service_lines(cluster, service)]
-    if unread := sorted(set().union(*(row.unread for row in rows))):
-        lines.append(f"not shown, as this account may not read them: {', '.join(unread)}")
+    if missing := sorted(unread.union(*(row.unread for row in rows))):
+        lines.append(f"not shown: {', '.join(missing)}")
     return "\n".join(lines)
+
+
+def _events(cluster: Cluster) -> tuple[list[Document], set[str]]:
+    """The namespace's events; none, and a word, for an account that may not read them."""
+    try:
+        return cluster.list(EVENT), set()
+    except ApiRefusal as refusal:
+        if refusal.status != 403:
+            raise
+        return [], {"events (not allowed)"}
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -65,23 +77,23 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def stage_row(cluster: Cluster, stage: str) -> Row:
+def stage_row(cluster: Cluster, stage: str, events: Sequence[Document]) -> Row:
     """A stage's state, read from its Job, its pods and the newest progress in their logs."""
     row = Row(stage)
-    snapshot = job_snapshot(cluster, job_name(stage))
+    snapshot = job_snapshot(cluster, stage)
     job = snapshot.owner
     if job is None:
         return row
     row.run = job_identity(job).run
     row.state, row.why = stage_state(snapshot, stage)
-    row.retries = str(retries(snapshot))
+    row.retries = str(retries(job, snapshot.pods, events))
     row.node = ", ".join(sorted({pod["spec"]["nodeName"] for pod in snapshot.pods if phase(pod) == "Running"}))
     if snapshot.pods:
         try:
             row.progress = newest_progress(cluster, snapshot.pods)
         except ApiRefusal as refusal:
             if refusal.status == 403:
-                row.unread.add("logs of pods")
+                row.unread.add("logs (not allowed)")
         except UnavailableError as error:
             row.unread.add(f"the log of {stage} ({error})")
     return row
@@ -112,11 +124,16 @@ def done_words(pods: Sequence[Document]) -> str:
     return ""
 
 
-def retries(snapshot: Snapshot) -> int:
-    """How often a pod was tried again: failures that count, or pods beyond the first, whichever shows more."""
-    assert snapshot.owner is not None
-    failed = snapshot.owner.get("status", {}).get("failed", 0)
-    return max(failed, len(snapshot.pods) - snapshot.owner["spec"].get("completions", 1), 0)
+def retries(job: Document, pods: Sequence[Document], events: Sequence[Document]) -> int:
+    """How often a pod was tried again, as far as the cluster still knows.
+
+    Failures that count, pods beyond the first, or pods that the Job's events (kept for an hour) say were created:
+    whichever shows more.
+    """
+    uid, wanted = job["metadata"]["uid"], job["spec"].get("completions", 1)
+    created = [each for each in events if each.get("reason") == CREATED and each["involvedObject"].get("uid") == uid]
+    failed = job.get("status", {}).get("failed", 0)
+    return max(failed, len(pods) - wanted, len(created) - wanted, 0)
 
 
 def newest_progress(cluster: Cluster, pods: Sequence[Document]) -> Progress | None:
@@ -133,7 +150,7 @@ def newest_progress(cluster: Cluster, pods: Sequence[Document]) -> Progress | No
 
 def service_lines(cluster: Cluster, service: str) -> list[str]:
     """How many pods of a service are ready, and its addresses."""
-    name = job_name(service)
+    name = workload_name(service)
     deployment, address = cluster.get(DEPLOYMENT, name), cluster.get(SERVICE, name)
     if deployment is None:
         return [f"{service}: absent"]
@@ -146,6 +163,6 @@ def service_lines(cluster: Cluster, service: str) -> list[str]:
             lines[0] += f", http://{entry.get('hostname') or entry.get('ip')}:{port}"
         lines.append(f"  from here: kubectl -n {cluster.namespace} port-forward service/{name} {port}")
     if ready < wanted:
-        facts = deployment_facts(deployment_snapshot(cluster, name))
+        facts = deployment_facts(deployment_snapshot(cluster, service))
         lines += [f"  {fact}" for fact in facts if fact.blocks]
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from typing import TextIO
 
@@ -36,7 +37,8 @@ class Screen:
             progress = parse_progress(line) if self._terminal else None
             self._clear()
             if progress is not None:
-                self._status = str(progress)
+                # A line that wraps could not be cleared.
+                self._status = str(progress)[: shutil.get_terminal_size().columns - 1]
             else:
                 self._logs.write(self._rendered(who, line))
                 self._logs.flush()

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from rlhf.cluster.api import CLAIM, DEPLOYMENT, EVENT, JOB, POD, ApiRefusal, Cluster
-from rlhf.cluster.documents import Document
+from rlhf.cluster.documents import COMPONENT, PART_OF, Document, workload_name
 
 LOOK_EVERY_SECONDS = 1.0
 POD_HASH = "pod-template-hash"
@@ -32,9 +32,17 @@ def pause() -> None:
     time.sleep(LOOK_EVERY_SECONDS)
 
 
-def job_snapshot(cluster: Cluster, name: str) -> Snapshot:
-    """A Job and the pods of this very Job, not of an earlier one of the same name."""
-    job = cluster.get(JOB, name)
+def find_job(cluster: Cluster, stage: str) -> Document | None:
+    """The Job of a stage: the one of its name, else the newest of its label, which a JobSet may have made."""
+    if job := cluster.get(JOB, workload_name(stage)):
+        return job
+    labelled = cluster.list(JOB, labels=f"{PART_OF},{COMPONENT}={stage}")
+    return max(labelled, key=lambda each: str(each["metadata"]["creationTimestamp"]), default=None)
+
+
+def job_snapshot(cluster: Cluster, stage: str) -> Snapshot:
+    """The Job of a stage and the pods of this very Job, not of an earlier one of the same name."""
+    job = find_job(cluster, stage)
     if job is None:
         return Snapshot(None)
     return _with_reasons(cluster, job, job_pods(cluster, job["metadata"]["uid"]), job["spec"].get("parallelism", 1))
@@ -45,9 +53,9 @@ def job_pods(cluster: Cluster, uid: str) -> list[Document]:
     return _by_name(cluster.list(POD, labels=f"batch.kubernetes.io/controller-uid={uid}"))
 
 
-def deployment_snapshot(cluster: Cluster, name: str) -> Snapshot:
-    """A Deployment and the pods of its newest template."""
-    deployment = cluster.get(DEPLOYMENT, name)
+def deployment_snapshot(cluster: Cluster, service: str) -> Snapshot:
+    """The Deployment of a service and the pods of its newest template."""
+    deployment = cluster.get(DEPLOYMENT, workload_name(service))
     if deployment is None:
         return Snapshot(None)
     labels = deployment["spec"]["selector"]["matchLabels"]
@@ -61,7 +69,8 @@ def deployment_snapshot(cluster: Cluster, name: str) -> Snapshot:
 
 def _with_reasons(cluster: Cluster, owner: Document, pods: list[Document], wanted: int) -> Snapshot:
     """Add claims and events where something waits; accounts that may not read them do without."""
-    if len(pods) >= wanted and all(phase(pod) != "Pending" for pod in pods):
+    phases = [phase(pod) for pod in pods]
+    if phases.count("Running") + phases.count("Succeeded") >= wanted and "Pending" not in phases:
         return Snapshot(owner, tuple(pods))
     try:
         claims, events = cluster.list(CLAIM), cluster.list(EVENT)

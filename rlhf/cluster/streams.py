@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from rlhf.cluster.api import Cluster
+from rlhf.cluster.api import ApiRefusal, Cluster
 from rlhf.cluster.documents import Document
 from rlhf.cluster.snapshot import container_statuses, phase, short_name
 from rlhf.errors import UnavailableError
@@ -77,11 +77,18 @@ def whole_lines(pieces: Iterable[bytes], *, ended: bool) -> Iterator[str]:
 class LogFollower:
     """Follows every container of the pods that it is shown, a thread a pod; emit gets the pod's name and the line.
 
-    tail: of what a container had written before, only so many lines.
+    tell gets a line when an account may not read a log. tail: of what was written before, only so many lines.
     """
 
-    def __init__(self, cluster: Cluster, emit: Callable[[str, str], None], *, tail: int | None = None) -> None:
-        self._cluster, self._emit, self._tail = cluster, emit, tail
+    def __init__(
+        self,
+        cluster: Cluster,
+        emit: Callable[[str, str], None],
+        tell: Callable[[str], None],
+        *,
+        tail: int | None = None,
+    ) -> None:
+        self._cluster, self._emit, self._tell, self._tail = cluster, emit, tell, tail
         self._pods: dict[str, Document] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._news = threading.Condition()
@@ -99,10 +106,11 @@ class LogFollower:
             self._news.notify_all()
 
     def finish(self, within_seconds: float) -> None:
-        """Wait until all that the pods wrote is printed, but no longer than this; nothing is printed afterwards."""
+        """Wait until all that ended pods wrote is printed, but no longer than this; nothing is printed afterwards."""
         deadline = time.monotonic() + within_seconds
-        for thread in self._threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
+        for uid, thread in self._threads.items():
+            if uid not in self._pods or phase(self._pods[uid]) != "Running":
+                thread.join(max(0.0, deadline - time.monotonic()))
         with self._news:
             self._leaving = True
             self._news.notify_all()
@@ -112,10 +120,14 @@ class LogFollower:
         for container in container_names(pod):
             position, whole = Position(), False
             while not whole:
-                state = self._wait_for_start(uid, container)
-                if state is None:
+                ended = self._wait_for_start(uid, container)
+                if ended is None:
                     return
-                whole = self._read(pod, container, position, ended=state) and state
+                try:
+                    whole = self._read(pod, container, position, ended=ended) and ended
+                except ApiRefusal as refusal:
+                    self._tell(f"no log of {short_name(pod)}: {refusal}")
+                    return
 
     def _wait_for_start(self, uid: str, container: str) -> bool | None:
         """Whether a container has ended, as soon as it has begun; None when it never will, or nobody listens."""
@@ -130,7 +142,10 @@ class LogFollower:
         return None
 
     def _read(self, pod: Document, container: str, position: Position, *, ended: bool) -> bool:
-        """Print what is new until the stream ends (True) or breaks (False); then wait a moment."""
+        """Print what is new until the stream ends (True) or breaks (False); then wait a moment.
+
+        Raises ApiRefusal where the account may not read it.
+        """
         query = [("container", container), ("follow", "true"), ("timestamps", "true")]
         if position.same:
             query.append(("sinceTime", position.since()))
@@ -143,7 +158,9 @@ class LogFollower:
                 if self._leaving:
                     return True
                 self._emit(short_name(pod) if self._named else "", line)
-        except UnavailableError:  # away, or not yet there: the pods that we are shown tell when to give up
+        except UnavailableError as error:  # away, or not yet there: the pods that we are shown tell when to give up
+            if isinstance(error, ApiRefusal) and error.status in (401, 403) and not self._cluster.passes(error):
+                raise
             whole = False
         if not (whole and ended):
             with self._news:

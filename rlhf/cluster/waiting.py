@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, replace
 
 from rlhf.cluster.api import ApiRefusal, Cluster
-from rlhf.cluster.documents import NAMESPACE, SERVICES
-from rlhf.cluster.jobs import job_name
+from rlhf.cluster.documents import SERVICES, workload_name
+from rlhf.cluster.jobs import watch_command
 from rlhf.cluster.obstacles import deployment_facts, job_facts
 from rlhf.cluster.screen import Screen
 from rlhf.cluster.snapshot import Snapshot, deployment_snapshot, job_snapshot, short_name
@@ -74,22 +74,19 @@ def print_logs_of(cluster: Cluster, part: str, screen: Screen, tail: int | None)
 
 def subject(cluster: Cluster, part: str) -> Subject:
     """What to look at for a stage or a service."""
-    name = job_name(part)
-    again = f"make cluster-logs STAGE={part}"
-    if cluster.namespace != NAMESPACE:
-        again += f" ARGS='--namespace {cluster.namespace}'"
+    name, again = workload_name(part), watch_command(cluster, part)
     if part in SERVICES:
         return Subject(
             name,
             again,
-            look=lambda: deployment_snapshot(cluster, name),
+            look=lambda: deployment_snapshot(cluster, part),
             facts=deployment_facts,
             verdict=lambda snapshot: rollout_verdict(snapshot, part),
         )
     return Subject(
         name,
         again,
-        look=lambda: job_snapshot(cluster, name),
+        look=lambda: job_snapshot(cluster, part),
         facts=job_facts,
         verdict=lambda snapshot: job_verdict(snapshot, part),
     )
@@ -97,7 +94,7 @@ def subject(cluster: Cluster, part: str) -> Subject:
 
 def _watched(cluster: Cluster, what: Subject, waiting: Waiting, screen: Screen, patience: Patience) -> Verdict:
     """Wait, with a thread a pod for the logs if they are asked for."""
-    follower = LogFollower(cluster, screen.log, tail=waiting.tail)
+    follower = LogFollower(cluster, screen.log, screen.say, tail=waiting.tail)
 
     def show(snapshot: Snapshot) -> None:
         if waiting.follow and snapshot.owner is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,11 +47,14 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     if assets is None:
         pytest.skip(f"no API server: {HOW}; or USE_EXISTING_CLUSTER=true for the cluster of the kubeconfig")
     plane = ControlPlane(assets, tmp_path_factory.mktemp("plane"))
+    # Asked to end, pytest would leave the programs behind.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         plane.start()
         yield plane
     finally:
         plane.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
@@ -92,11 +97,11 @@ def controllers(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def namespace(administrator: ApiClient) -> Iterator[str]:
-    """A name for a namespace of this test; it is deleted afterwards if the test has made it."""
+    """A name for a namespace of this test; an existing cluster gets rid of it afterwards."""
     name = f"rlhf-test-{os.getpid()}-{next(NUMBERS)}"
     yield name
     api = CoreV1Api(administrator)
-    if name in [each.metadata.name for each in api.list_namespace().items]:
+    if existing() and name in [each.metadata.name for each in api.list_namespace().items]:
         api.delete_namespace(name)
 
 
@@ -115,8 +120,9 @@ def kubelet(node: Kubelet, namespace: str, administrator: ApiClient) -> Iterator
             },
         }
     )
+    node.namespaces = {namespace}
     yield node
-    node.fates.pop(namespace, None)
+    node.namespaces, node.fates = set(), {}
     node.holds.clear()
 
 
@@ -130,6 +136,10 @@ def warned() -> list[str]:
 def cluster(kubeconfig: Path, namespace: str, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Our own client in this test's namespace."""
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    if assets := assets_folder():  # envtest brings a kubectl, too
+        monkeypatch.setenv("PATH", f"{os.environ['PATH']}{os.pathsep}{assets}")
+    if shutil.which("kubectl") is None:
+        pytest.skip("no kubectl: it renders the overlays; install version 1.29 or newer")
     monkeypatch.setattr(snapshot, "LOOK_EVERY_SECONDS", 0.2)
     cluster = connect(None, namespace, warned.append)
     yield cluster

@@ -122,7 +122,7 @@ class Kubelet:
 
     def __init__(self, client: ApiClient, certificate: tuple[Path, Path]) -> None:
         self.api, self.logs = CoreV1Api(client), Logs()
-        self.holds = threading.Event()
+        self.holds, self.namespaces = threading.Event(), set[str]()
         self.fates: dict[str, Callable[[Document], Fate | None]] = {}
         self._client, self._stop, self._seen = client, threading.Event(), set[str]()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), LogHandler)
@@ -257,10 +257,10 @@ class Kubelet:
         """What a kubelet does by itself: start what is to be started, let go what is to go."""
         while not self._stop.wait(0.2):
             try:
-                answer = self.api.list_pod_for_all_namespaces(_preload_content=False)
+                pods = [pod for namespace in list(self.namespaces) for pod in self.pods(namespace)]
             except (ApiException, HTTPError):  # the server is away
                 continue
-            for pod in json.loads(answer.data)["items"]:
+            for pod in pods:
                 self._attend(pod)
 
     def _attend(self, pod: Document) -> None:

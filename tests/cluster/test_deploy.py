@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import pytest
 import yaml
 
 from rlhf.cluster.api import CLAIM, CONFIG, JOB, POD, Cluster, Kind
@@ -113,16 +114,18 @@ def test_what_a_job_at_work_would_read_is_not_changed(rlhf: Run, cluster: Cluste
     assert rlhf("deploy", "fetch", *LOCAL, "--run", "first") == 0
 
 
+@pytest.mark.usefixtures("controllers")
 def test_a_field_that_somebody_else_set_is_theirs(
     rlhf: Run, cluster: Cluster, kubectl: Callable[..., str], capsys
 ) -> None:
     rlhf("deploy", "fetch", *LOCAL)
     patch = '{"data": {"RLHF_RUN": "mine"}}'
     kubectl("patch", "configmap", "rlhf-environment", "--field-manager=somebody", "-p", patch)
-    cluster.delete(job(cluster, "fetch"))
-    assert rlhf("deploy", "sft", *LOCAL) == 73
+    before = uid(cluster, "fetch")
+    assert rlhf("deploy", "fetch", *LOCAL, "--replace") == 73
     assert "data.RLHF_RUN was set by somebody" in capsys.readouterr().err
-    assert rlhf("deploy", "sft", *LOCAL, "--force-conflicts") == 0
+    assert uid(cluster, "fetch") == before
+    assert rlhf("deploy", "fetch", *LOCAL, "--replace", "--force-conflicts") == 0
     assert cluster.get(CONFIG, "rlhf-environment")["data"]["RLHF_RUN"] == "demo"
 
 

@@ -42,7 +42,7 @@ def test_no_line_is_lost_or_doubled_through_cuts_and_a_restart_of_the_server(
     rlhf("deploy", "ppo", *LOCAL)
     (pod,) = kubelet.wait_for_pods(cluster.namespace)
     kubelet.begin(pod)
-    name, lines = pod["metadata"]["name"], [f"step {number}" for number in range(300)]
+    name, lines = pod["metadata"]["name"], [f"step {number}" for number in range(220)]
 
     def write() -> None:
         for number, line in enumerate(lines):
@@ -50,7 +50,7 @@ def test_no_line_is_lost_or_doubled_through_cuts_and_a_restart_of_the_server(
             time.sleep(0.02)
             if number in (50, 120):
                 kubelet.logs.cut()
-            if number == 180:
+            if number == 160:
                 plane.kill_server()
                 threading.Timer(2.5, plane.start_server).start()
         deadline = time.monotonic() + 60
@@ -98,25 +98,30 @@ def test_lines_of_several_pods_say_whose_they_are(rlhf: Run, cluster: Cluster, k
     assert sorted(capsys.readouterr().out.splitlines()) == ["rlhf-ppo-0 | rank 0", "rlhf-ppo-1 | rank 1"]
 
 
-@pytest.mark.parametrize("watching", ["deploy", "logs"])
-def test_ctrl_c_ends_the_watching_and_not_the_job(watching: str, rlhf: Run, cluster: Cluster, kubelet: Kubelet) -> None:
-    if watching == "deploy":
-        arguments = ["deploy", "ppo", *LOCAL, "--follow"]
+@pytest.mark.parametrize(
+    ("command", "part", "container"),
+    [("deploy", "ppo", "stage"), ("cluster-logs", "ppo", "stage"), ("cluster-logs", "api", "api")],
+)
+def test_ctrl_c_ends_the_watching_and_nothing_else(
+    command: str, part: str, container: str, rlhf: Run, cluster: Cluster, kubelet: Kubelet
+) -> None:
+    arguments = [command, part, "--follow"]
+    if command == "deploy":
+        arguments += LOCAL
     else:
-        rlhf("deploy", "ppo", *LOCAL)
-        arguments = ["cluster-logs", "ppo", "--follow"]
-    command = [sys.executable, "-m", "rlhf", *arguments, "--namespace", cluster.namespace]
+        rlhf("deploy", part, *LOCAL)
+    line = [sys.executable, "-m", "rlhf", *arguments, "--namespace", cluster.namespace]
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
     (pod,) = kubelet.wait_for_pods(cluster.namespace)
     kubelet.begin(pod)
-    kubelet.logs.write(pod["metadata"]["name"], "stage", "a line")
+    kubelet.logs.write(pod["metadata"]["name"], container, "a line")
     assert process.stdout is not None
     assert process.stdout.readline() == "a line\n"
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[1].splitlines()
     assert process.returncode == 75
-    again = f"`make cluster-logs STAGE=ppo ARGS='--namespace {cluster.namespace}'`"
-    assert said[-1] == f"rlhf: stopped watching; rlhf-ppo goes on in the cluster; {again} watches it again"
+    again = f"`make cluster-logs STAGE={part} ARGS='--namespace {cluster.namespace}'`"
+    assert said[-1] == f"rlhf: stopped watching; rlhf-{part} goes on in the cluster; {again} watches it again"
     assert kubelet.wait_for_pods(cluster.namespace)[0]["metadata"]["uid"] == pod["metadata"]["uid"]

@@ -42,13 +42,13 @@ def test_the_pipeline_goes_on_where_it_was_interrupted(rlhf: Run, cluster: Clust
     kubelet.end(reward, Fate(0))
     assert rlhf(*ALL) == 65
     said = capsys.readouterr().err.splitlines()
-    assert said[:2] == ["[1/6] fetch: is done already", "[2/6] sft: is done already"]
+    assert said[:2] == ["[1/6] fetch is done already", "[2/6] sft is done already"]
     assert said[-1] == "prepare failed (rlhf-prepare-0, container stage): exit code 65: rlhf: too many bad rows"
 
     assert rlhf(*ALL, "--follow") == 0
     printed = capsys.readouterr()
     assert printed.out == "".join(f"this is {stage}\n" for stage in ("prepare", "ppo", "evaluate"))
-    assert "[4/6] prepare: failed before; trying again" in printed.err
+    assert "[4/6] prepare failed before; trying again" in printed.err
     assert printed.err.splitlines()[-1] == "all stages of run demo are done"
     after = uids(cluster)
     assert {stage: after[stage] for stage in before} == before

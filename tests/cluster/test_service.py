@@ -59,7 +59,7 @@ def test_a_service_that_starts_again_and_again(rlhf: Run, cluster: Cluster, kube
 
 def test_another_run_brings_other_pods(rlhf: Run, cluster: Cluster, kubelet: Kubelet, capsys) -> None:
     kubelet.play(cluster.namespace, lambda pod: Fate(None))
-    assert rlhf("deploy", "api", *LOCAL, *WAIT) == 0
+    assert rlhf("deploy", "api", *LOCAL, *WAIT, "--follow") == 0
     replicas = len(kubelet.pods(cluster.namespace))
     assert last_line(capsys) == f"api is ready: {replicas} of {replicas} pods"
     before = template(cluster)
