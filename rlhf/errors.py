@@ -53,3 +53,7 @@ class ConfigError(RlhfError, ValueError):
     """The configuration is wrong; names the key, the value and the remedy."""
 
     exit_code = 78
+
+
+PERMANENT_CODES = frozenset(error.exit_code for error in (UsageError, DataError, PrerequisiteError, ConfigError))
+"""Exit codes after which trying again is of no use; a Job's failure policy ends on them."""

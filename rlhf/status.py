@@ -53,11 +53,12 @@ def _progress_text(status: dict[str, Any]) -> str:
     text = f"{progress['stage']}: {progress['done']} of {progress['total']} {progress['unit']}"
     left = progress.get("seconds_left")
     if status["state"] == "running" and left is not None:
-        text += f", about {_duration(left)} left"
+        text += f", about {duration(left)} left"
     return text
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `2 min 5 s` or `5 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

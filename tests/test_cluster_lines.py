@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from rlhf.cluster.lines import Progress, duration, parse_line, parse_progress
+from rlhf.cluster.lines import Progress, parse_line, parse_progress
 from rlhf.cluster.screen import CLEAR_LINE, Screen
+from rlhf.status import duration
 
 
 def fact(message: str, **more: object) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from rlhf.status import duration
+
 PROGRESS = "progress "
 KNOWN_KEYS = frozenset({"time", "level", "logger", "message", "traceback"})
 
@@ -71,10 +73,3 @@ def parse_progress(line: str) -> Progress | None:
         return Progress(stage, done, total, unit, float(left) if left else None, tuple(values.items()))
     except (KeyError, ValueError):
         return None
-
-
-def duration(seconds: float) -> str:
-    """`2 h 5 min`, `2 min 5 s` or `5 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

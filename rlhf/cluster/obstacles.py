@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from rlhf.cluster.documents import GPU, Document, conditions
 from rlhf.cluster.snapshot import Snapshot, container_statuses, event_time, phase, short_name
-from rlhf.cluster.verdict import FINAL_CODES, endings, telling
+from rlhf.cluster.verdict import endings, telling
+from rlhf.errors import PERMANENT_CODES
 
 PULL_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff"})
 IMAGE_REASONS = PULL_REASONS | {"InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
@@ -94,7 +95,7 @@ def _history(pod: Document, job: Document) -> list[Fact]:
     if phase(pod) == "Failed" and (ending := telling(endings([pod]))):
         if ending.exit_code == 75:
             return [Fact(f"ended/{uid}", name, "stopped with its state saved; another pod goes on")]
-        if ending.exit_code in FINAL_CODES:  # the verdict follows, and says it
+        if ending.exit_code in PERMANENT_CODES:  # the verdict follows, and says it
             return []
         limit = job["spec"].get("backoffLimit", 6)
         return [Fact(f"ended/{uid}", name, f"{ending.describe()}; another pod tries again (backoffLimit {limit})")]

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from rlhf.cluster.api import DEPLOYMENT, EVENT, SERVICE, ApiRefusal, Cluster
 from rlhf.cluster.documents import SERVICES, Document, job_identity, workload_name
 from rlhf.cluster.jobs import job_state
-from rlhf.cluster.lines import Progress, duration, parse_progress
+from rlhf.cluster.lines import Progress, parse_progress
 from rlhf.cluster.obstacles import deployment_facts, job_facts
 from rlhf.cluster.snapshot import Snapshot, deployment_snapshot, job_snapshot, phase
 from rlhf.cluster.streams import whole_lines
 from rlhf.cluster.verdict import job_verdict, last_words
 from rlhf.errors import UnavailableError
+from rlhf.status import duration
 
 COLUMNS = ("stage", "state", "run", "step", "reward", "time left", "retries", "node")
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"

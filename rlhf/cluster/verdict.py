@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from rlhf.cluster.documents import Document, conditions
 from rlhf.cluster.lines import parse_line
 from rlhf.cluster.snapshot import Snapshot, container_statuses, phase, short_name
+from rlhf.errors import PERMANENT_CODES
 
-# A Job's failure policy ends it at once on these: what they name does not mend itself.
-FINAL_CODES = (64, 65, 66, 78)
 # What containers end with when others end them: hardly ever the reason of anything.
 STOPPED_CODES = (75, 137, 143)
 OUT_OF_MEMORY = "OOMKilled"
@@ -69,7 +68,7 @@ def telling(found: list[Ending]) -> Ending | None:
     """The ending that explains the others: a refusal, then lack of memory, then any error; of equals the latest."""
 
     def weight(ending: Ending) -> tuple[int, str]:
-        if ending.exit_code in FINAL_CODES:
+        if ending.exit_code in PERMANENT_CODES:
             return 3, ending.finished
         if ending.reason == OUT_OF_MEMORY:
             return 2, ending.finished

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from rlhf.cluster.obstacles import Fact
 from rlhf.cluster.snapshot import Snapshot, pause, restart_count
-from rlhf.cluster.verdict import FINAL_CODES, Verdict
-from rlhf.errors import ConflictError, PrerequisiteError, RlhfError, StopRequested, UnavailableError
+from rlhf.cluster.verdict import Verdict
+from rlhf.errors import PERMANENT_CODES, ConflictError, PrerequisiteError, RlhfError, StopRequested, UnavailableError
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Watch:
         began = {uid: self._restarts.setdefault(uid, count) for uid, count in now.items()}
         if all(count == began[uid] for uid, count in now.items()):
             return None
-        crash = next((fact for fact in facts if fact.exit_code in FINAL_CODES), None)
+        crash = next((fact for fact in facts if fact.exit_code in PERMANENT_CODES), None)
         return Verdict(crash.exit_code, str(crash)) if crash else None
 
     def _check_patience(self, facts: Iterable[Fact]) -> None:

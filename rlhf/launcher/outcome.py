@@ -10,10 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlhf.errors import ConfigError, DataError, PrerequisiteError, StopRequested, UsageError
-
-PERMANENT = {error.exit_code for error in (UsageError, DataError, PrerequisiteError, ConfigError)}
-"""Codes after which trying again is of no use; a Job's failure policy ends on them."""
+from rlhf.errors import PERMANENT_CODES, StopRequested
 
 UNFORESEEN = 70
 """An exception that is not one of ours, perhaps because another process is gone: try again."""
@@ -66,7 +63,7 @@ def verdict(outcomes: Iterable[Outcome]) -> Outcome:
     """
 
     def weight(outcome: Outcome) -> int:
-        if outcome.code in PERMANENT:
+        if outcome.code in PERMANENT_CODES:
             return 4
         return {0: 0, StopRequested.exit_code: 1, UNFORESEEN: 2}.get(outcome.code, 3)
 

@@ -16,10 +16,9 @@ from types import FrameType
 from typing import Any
 
 from rlhf import cgroups
-from rlhf.errors import StopRequested, UnavailableError
+from rlhf.errors import PERMANENT_CODES, StopRequested, UnavailableError
 from rlhf.launcher.agent import REPORT, Order
 from rlhf.launcher.outcome import (
-    PERMANENT,
     STILL_GOOD,
     UNFORESEEN,
     Outcome,
@@ -70,7 +69,7 @@ def conclude(here: Outcome, elsewhere: list[Outcome]) -> Outcome:
     cause = verdict([here, *elsewhere])
     if here.code == 0 or here.code == cause.code == StopRequested.exit_code:
         return here
-    if cause is here or cause.code in PERMANENT:
+    if cause is here or cause.code in PERMANENT_CODES:
         return cause
     return Outcome(StopRequested.exit_code, f"{cause.line}; stopped with it, run the same command again", here.time)
 
