@@ -5,20 +5,15 @@ Weights are exact; caches are what they can grow to; what a pass over the model 
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from app.devices import free_bytes
-from rlhf.errors import PrerequisiteError, RlhfError
+from rlhf.errors import RlhfError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GIB = 2**30
 
 ROOM_REMEDY = (
@@ -65,23 +60,6 @@ class Need:
     work: int
 
 
-def count_parameters(directory: Path) -> int:
-    """Numbers in a model's safetensors files; only their headers are read.
-
-    Raises PrerequisiteError where there are no such files, or damaged ones.
-    """
-    total = 0
-    for path in _weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                pieces = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise PrerequisiteError(f"{path} is not a safetensors file: {error}; run the stage again") from error
-        # Old files also hold attention masks, which are no floating-point numbers.
-        total += sum(math.prod(piece.get_shape()) for piece in pieces if "F" in piece.get_dtype())
-    return total
-
-
 def model_need(config: PretrainedConfig, parameters: int, workload: Workload) -> Need:
     """What a model of this shape and size takes."""
     text = config.get_text_config()
@@ -125,19 +103,3 @@ def check_room(need: Mapping[torch.device, int], *, free: Callable[[torch.device
             short.append(f"{needed / GIB:.1f} GiB on {device}, where {there / GIB:.1f} GiB are free")
     if short:
         raise NoRoom(f"the models need {' and '.join(short)}; {ROOM_REMEDY}")
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that transformers reads; a PPO checkpoint holds others beside them."""
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if not (directory / INDEX).is_file():
-        raise PrerequisiteError(
-            f"{directory} has no {WEIGHTS}; run the stage again, or, where its weights are in another format, "
-            "save them as safetensors: nothing is unpickled here"
-        )
-    try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        return [directory / name for name in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PrerequisiteError(f"{directory / INDEX} is no index of weights; run the stage again") from error

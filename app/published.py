@@ -13,15 +13,16 @@ from typing import Literal
 
 import yaml
 from pydantic import ValidationError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from app.memory import count_parameters
 from app.settings import Settings
 from rlhf.checkpoint import MANIFEST, DamagedCheckpoint, fingerprint, read_manifest, verify
 from rlhf.config import PromptConfig
 from rlhf.errors import PrerequisiteError
+from rlhf.model_files import open_config
 from rlhf.pipeline import CONFIG_FILE
 from rlhf.prompt import PROMPT_VERSION
+from rlhf.weights import count_parameters
 
 ModelName = Literal["ppo", "sft", "reward"]
 
@@ -66,7 +67,7 @@ def describe(name: ModelName, directory: Path, run: str) -> Published:
     """
     try:
         manifest, checksum = read_manifest(directory), fingerprint(directory)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config, stored = open_config(directory)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         limits = _saved_limits((directory, directory.parent)) or _limits_of(positions)
     except DamagedCheckpoint as error:
@@ -87,7 +88,7 @@ def describe(name: ModelName, directory: Path, run: str) -> Published:
         step=manifest["step"],
         checksum=checksum,
         config=config,
-        parameters=count_parameters(directory),
+        parameters=count_parameters(stored),
         positions=positions,
         max_prompt_tokens=limits.max_prompt_tokens,
         max_new_tokens=limits.max_response_tokens,

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rlhf.config import Config
 from rlhf.errors import ConfigError, PrerequisiteError
-from rlhf.models import create_tiny_gptj, quiet_transformers, stamp_prompt_version
+from rlhf.model_files import load_model, open_config, own_memory
+from rlhf.models import create_tiny_gptj, stamp_prompt_version
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +59,17 @@ def load_base(config: Config, directory: Path, tokenizer: PreTrainedTokenizerBas
 
 def _load(directory: Path) -> PreTrainedModel:
     where = f"model.base={directory}"
-    if not (directory / "config.json").is_file():
-        raise PrerequisiteError(f"{where} holds no model: config.json is missing; give a causal LM, or `tiny`")
     try:
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # a damaged file raises what its format's library pleases
-        reason = " ".join(str(error).split())[:200]
-        raise PrerequisiteError(f"{where} cannot be loaded as a causal LM: {reason}; give another base") from error
-    if missing := sorted(report["missing_keys"]):
+        config, stored = open_config(directory)
+        model, missing, _ = load_model(AutoModelForCausalLM, directory, config, stored, "auto")
+    except PrerequisiteError as error:
+        raise PrerequisiteError(f"{where} cannot be loaded as a causal LM: {error}; or give another base") from error
+    if missing:
         raise PrerequisiteError(
-            f"{where} is not a whole causal LM: {len(missing)} weights are missing, first {missing[0]}; "
+            f"{where} is not a whole causal LM: {len(missing)} weights are missing, first {min(missing)}; "
             "give one that has a language-model head"
         )
-    return model
+    return own_memory(model)
 
 
 def _add_rows(model: PreTrainedModel, tokens: int) -> None:

@@ -7,13 +7,15 @@ The files are JSONL in UTF-8: `posts-{train,valid,test}.jsonl`, `comparisons-{tr
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.errors import DataError
-from rlhf.prompt import Post
+from rlhf.prompt import Post, check_unicode
+from rlhf.quoting import shown
 
 POST_SPLITS = ("train", "valid", "test")
 COMPARISON_SPLITS = ("train", "valid")
@@ -40,12 +42,12 @@ class Example:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Example:
-        """Read back what `to_row` wrote. Raises KeyError for a missing key."""
+        """Read back what `to_row` wrote. Raises KeyError for a missing key, TypeError for a value of another kind."""
         return cls(
             post=_post_from_row(row),
-            summary=row["summary"],
-            source=row["source"],
-            extra=row.get("extra") or {},
+            summary=_text(row, "summary"),
+            source=_text(row, "source"),
+            extra=_extra(row),
         )
 
 
@@ -76,14 +78,17 @@ class Comparison:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Comparison:
-        """Read back what `to_row` wrote. Raises KeyError for a missing key."""
+        """Read back what `to_row` wrote. Raises KeyError for a missing key, TypeError for a value of another kind."""
+        margin = row.get("margin")
+        if margin is not None and not is_number(margin):
+            raise TypeError(f"margin holds {shown(margin)}, no finite number")
         return cls(
             post=_post_from_row(row),
-            chosen=row["chosen"],
-            rejected=row["rejected"],
-            source=row["source"],
-            margin=row.get("margin"),
-            extra=row.get("extra") or {},
+            chosen=_text(row, "chosen"),
+            rejected=_text(row, "rejected"),
+            source=_text(row, "source"),
+            margin=margin,
+            extra=_extra(row),
         )
 
 
@@ -120,6 +125,11 @@ def json_object(line: bytes) -> dict[str, Any]:
     return row
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is an int or a float, finite, and not too large for a float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def load_examples(data_dir: Path, split: str) -> list[Example]:
     """Read `posts-SPLIT.jsonl`. Raises DataError naming file and line when it is missing or damaged."""
     return _load(Path(data_dir) / f"posts-{split}.jsonl", Example.from_row)
@@ -139,7 +149,7 @@ def _load(path: Path, from_row: Callable[[dict[str, Any]], _Record]) -> list[_Re
             records.append(from_row(row))
         except KeyError as error:
             raise DataError(f"{path}:{number}: key {error.args[0]} is missing") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise DataError(f"{path}:{number}: {error}") from error
     return records
 
@@ -162,4 +172,20 @@ def _post_row(post: Post) -> dict[str, Any]:
 
 
 def _post_from_row(row: dict[str, Any]) -> Post:
-    return Post(subreddit=row["subreddit"], title=row["title"], body=row["body"])
+    return Post(subreddit=_text(row, "subreddit"), title=_text(row, "title"), body=_text(row, "body"))
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    """Raises ValueError for what UTF-8 cannot carry: a tokenizer would fail on it."""
+    value = row[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key} holds a {type(value).__name__}, not text")
+    check_unicode(value)
+    return value
+
+
+def _extra(row: dict[str, Any]) -> dict[str, Any]:
+    extra = row.get("extra") or {}
+    if not isinstance(extra, dict):
+        raise TypeError(f"extra holds a {type(extra).__name__}, not an object")
+    return extra

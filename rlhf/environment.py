@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from rlhf.data import read_jsonl, write_jsonl
+from rlhf.data import is_number, read_jsonl, write_jsonl
 from rlhf.errors import DataError
+from rlhf.quoting import one_line, shown
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,27 @@ def load_environment(prepare_dir: Path, split: str) -> list[EnvironmentRow]:
     path = _path(prepare_dir, split)
     rows = []
     for number, row in enumerate(read_jsonl(path), start=1):
-        try:
-            rows.append(EnvironmentRow(**row))
-        except TypeError as error:
-            raise DataError(f"{path}: row {number} has other keys than an environment's: {', '.join(row)}") from error
+        if row.keys() != {field.name for field in fields(EnvironmentRow)}:
+            raise DataError(f"{path}: row {number} has other keys than an environment's: {one_line(', '.join(row))}")
+        if wrong := _wrong_key(row):
+            raise DataError(f"{path}: row {number} has an impossible {wrong}: {shown(row[wrong])}")
+        rows.append(EnvironmentRow(**row))
     return rows
+
+
+def _wrong_key(row: dict[str, Any]) -> str:
+    """The first key whose value is not what `prepare` writes; empty where all are."""
+    right = {
+        "id": isinstance(row["id"], str),
+        "prompt_ids": isinstance(row["prompt_ids"], list) and all(map(_is_count, row["prompt_ids"])),
+        "cut_tokens": _is_count(row["cut_tokens"]),
+        "reference_score": is_number(row["reference_score"]),
+    }
+    return next((key for key, is_right in right.items() if not is_right), "")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _path(prepare_dir: Path, split: str) -> Path:

@@ -6,12 +6,14 @@ Only the `fetch` stage calls this; nothing here runs code from a repository.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.checkpoint import storage_errors
 from rlhf.errors import DataError, PrerequisiteError, RlhfError
+from rlhf.quoting import one_line
+from rlhf.storage import storage_errors
+from rlhf.weights import CONVERT, PICKLES, SAFETENSORS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
@@ -22,31 +24,48 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and ".." not in name
 
 
-def model_directory(key: str, name: str, *, with_weights: bool) -> Path:
+def is_directory(name: str) -> bool:
+    """Whether this names a directory here; a name that none can have does not."""
+    return _is(Path.is_dir, name)
+
+
+def is_file(name: str) -> bool:
+    """Whether this names a file here; a name that none can have does not."""
+    return _is(Path.is_file, name)
+
+
+def _is(kind: Callable[[Path], bool], name: str) -> bool:
+    try:
+        return bool(name) and kind(Path(name))
+    except (OSError, ValueError):  # too long, no permission, half a surrogate pair
+        return False
+
+
+def model_directory(key: str, name: str, *, with_weights: bool, pickled: bool = False) -> Path:
     """The local directory of a model or tokenizer, downloaded first when `name` is one on the Hub.
 
-    Weights are taken as safetensors, or as pytorch_model*.bin where a repository has nothing else.
-    Raises PrerequisiteError naming the key when there is none.
+    Weights are taken as safetensors; a repository without them is refused, or, where pickled ones are to be
+    converted, brought with those. Raises PrerequisiteError naming the key when there is none.
     """
-    if name and Path(name).is_dir():
+    if is_directory(name):
         return Path(name)
-    if name and Path(name).exists():
+    if is_file(name):
         raise PrerequisiteError(f"{key}={name} is a file; give the directory that holds the model's files")
     if not is_hub_name(name):
-        raise PrerequisiteError(f"{key}={name}: no such directory; give a local directory or a Hub name")
+        raise PrerequisiteError(f"{key}={one_line(name)}: no such directory; give a local directory or a Hub name")
     with reaching_hub(key, name, missing=PrerequisiteError):
-        return _download(name, with_weights=with_weights)
+        directory = _download(name, weights=SAFETENSORS if with_weights else None)
+        if not with_weights or any(directory.glob(SAFETENSORS)):
+            return directory
+        if pickled:
+            return _download(name, weights=PICKLES)
+    raise PrerequisiteError(f"{key}={name} has no safetensors on the Hub, and pickled weights can run code; {CONVERT}")
 
 
-def _download(name: str, *, with_weights: bool) -> Path:
+def _download(name: str, *, weights: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    if not with_weights:
-        return Path(snapshot_download(name, allow_patterns=_SMALL_FILES))
-    directory = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, "*.safetensors"]))
-    if not any(directory.glob("*.safetensors")):
-        directory = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, "pytorch_model*.bin"]))
-    return directory
+    return Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, *([weights] if weights else [])]))
 
 
 @contextmanager
@@ -76,7 +95,7 @@ def _explained(key: str, name: str, error: Exception, missing: type[RlhfError]) 
     def among(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = one_line(str(error))[:200] or type(error).__name__
     if among(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, DatasetNotFoundError):
         return missing(
             f"{key}={name}: neither a local path nor a repository on the Hub that may be read; check the name, "

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from rlhf.data import Comparison, Example
 from rlhf.errors import DataError
 from rlhf.prompt import Post, check_unicode, parse_prompt, parse_summary
+from rlhf.quoting import one_line
 from rlhf.sources import RawRow, source_names
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def _text(columns: dict[str, Any], *names: str) -> str:
 
 
 def _names(columns: dict[str, Any]) -> str:
-    return ", ".join(str(name)[:40] for name in list(columns)[:8]) or "no columns"
+    return one_line(", ".join(str(name)[:40] for name in list(columns)[:8])) or "no columns"
 
 
 def _source(row: RawRow) -> str:
@@ -161,7 +162,7 @@ def _margin(value: Any) -> float | None:
         return None
     try:
         margin = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"margin is not a number: it holds a {type(value).__name__}") from None
     if not math.isfinite(margin):
         raise ValueError("margin is not a number: it is not finite")

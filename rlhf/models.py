@@ -1,23 +1,18 @@
 """Policies and reward models: made, loaded, frozen and taken apart by their structure.
 
 Shapes: B batch, T token. The policy is any causal LM of transformers, the reward model its
-sequence-classification sister with one label. Weights are safetensors; no code from a model directory runs.
+sequence-classification sister with one label. Directories are opened by `model_files`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPTJConfig,
@@ -25,11 +20,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from rlhf.config import TinyModelConfig
 from rlhf.errors import PrerequisiteError
+from rlhf.model_files import load_model, open_config, own_memory
 from rlhf.prompt import PROMPT_VERSION
+from rlhf.weights import StoredTensor
 
 REWARD_HEAD = "score.weight"
 
@@ -41,11 +37,12 @@ def load_policy(
 
     Raises PrerequisiteError when the directory is no model, or lacks weights such as the LM head.
     """
-    model, missing, unused = _load(AutoModelForCausalLM, path, read_config(path), dtype)
+    config, stored = _opened(path)
+    model, missing, unused = load_model(AutoModelForCausalLM, Path(path), config, stored, dtype)
     if REWARD_HEAD in unused:  # with a tied LM head nothing would be missing
         raise PrerequisiteError(f"{path} is a reward model, not a language model: it has {REWARD_HEAD}")
     _require_all_weights(path, missing, "a language model")
-    return model.to(device).eval()
+    return own_memory(model.to(device)).eval()
 
 
 def load_reward_model(
@@ -55,12 +52,12 @@ def load_reward_model(
 
     Raises PrerequisiteError when the directory is no model, or lacks weights such as the score head.
     """
-    config = read_config(path)
+    config, stored = _opened(path)
     if config.num_labels != 1:
         config.num_labels = 1  # a causal LM's config says 2; the missing head is then reported below
-    model, missing, _ = _load(AutoModelForSequenceClassification, path, config, dtype)
+    model, missing, _ = load_model(AutoModelForSequenceClassification, Path(path), config, stored, dtype)
     _require_all_weights(path, missing, "a reward model")
-    return model.to(device).eval()
+    return own_memory(model.to(device)).eval()
 
 
 def create_tiny_gptj(
@@ -94,7 +91,7 @@ def reward_model_from_policy(policy_path: str | Path, *, seed: int) -> PreTraine
     token of a padded row by it.
     Source: Huang et al. 2024, detail 11.
     """
-    config = read_config(policy_path)
+    config, stored = _opened(policy_path)
     if config.pad_token_id is None:
         raise PrerequisiteError(
             f"{policy_path}/config.json names no pad_token_id, which a reward model needs; run `rlhf sft` again"
@@ -102,13 +99,15 @@ def reward_model_from_policy(policy_path: str | Path, *, seed: int) -> PreTraine
     config.num_labels = 1
     config.score_shift = 0.0
     with torch.random.fork_rng(devices=[]):  # transformers fills the absent head from the global generator
-        model, missing, _ = _load(AutoModelForSequenceClassification, policy_path, config, torch.float32)
+        model, missing, _ = load_model(
+            AutoModelForSequenceClassification, Path(policy_path), config, stored, torch.float32
+        )
     _require_all_weights(policy_path, missing - {REWARD_HEAD}, "a language model")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         model.score.weight.normal_(0.0, (config.hidden_size + 1) ** -0.5, generator=generator)
     stamp_prompt_version(model)
-    return model.eval()
+    return own_memory(model).eval()
 
 
 def score_shift(model: PreTrainedModel) -> float:
@@ -207,16 +206,11 @@ def _final_norm_name(body: PreTrainedModel) -> str:
     return norms[-1]
 
 
-def read_config(path: str | Path) -> PretrainedConfig:
-    """A model directory's config, with dropout off. Raises PrerequisiteError where there is none that can be read."""
-    if not Path(path, "config.json").is_file():
-        raise PrerequisiteError(f"{path} holds no model: config.json is missing; run the stage that makes it")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PrerequisiteError(f"{path}/config.json is not one of transformers': {_first_line(error)}") from error
+def _opened(path: str | Path) -> tuple[PretrainedConfig, dict[str, StoredTensor]]:
+    """A directory's config, with dropout off, and what its weight files hold. Raises PrerequisiteError."""
+    config, stored = open_config(Path(path))
     _disable_dropout(config)
-    return config
+    return config, stored
 
 
 def _disable_dropout(config: PretrainedConfig) -> None:
@@ -226,51 +220,8 @@ def _disable_dropout(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def _load(
-    auto_class: Any, path: str | Path, config: PretrainedConfig, dtype: torch.dtype
-) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """The model, the weights that its files lack (transformers makes those up) and the unused ones."""
-    attention = {"attn_implementation": "eager"} if config.model_type == "gptj" else {}
-    try:
-        with quiet_transformers():
-            model, report = auto_class.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                **attention,
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise PrerequisiteError(f"{path} cannot be loaded as a model: {_first_line(error)}") from error
-    if report["mismatched_keys"]:
-        name, stored, wanted = sorted(report["mismatched_keys"])[0]
-        raise PrerequisiteError(f"{path}: {name} is {tuple(stored)} in the file, {tuple(wanted)} in config.json")
-    return model, set(report["missing_keys"]), set(report["unexpected_keys"])
-
-
 def _require_all_weights(path: str | Path, missing: set[str], kind: str) -> None:
     if missing:
         names = sorted(missing)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise PrerequisiteError(f"{path} is not {kind}: weights are missing: {', '.join(names[:3])}{more}")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hold back its report on absent weights, which we check ourselves, and its progress bar."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from rlhf.config import Config, fields, section_type
 from rlhf.errors import ConfigError
+from rlhf.quoting import one_line, shown
 
 
 def preset_names() -> list[str]:
@@ -33,11 +34,11 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"--set {override!r} is not of the form key.path=value")
+            raise ConfigError(f"--set {shown(override)} is not of the form key.path=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {_one_line(error)}") from error
+            value = _parse(text)
+        except ValueError as error:
+            raise ConfigError(f"--set {one_line(key)}: {shown(text)} is not a YAML value: {error}") from error
         _set_path(tree, key.strip().split("."), value)
     try:
         return Config.model_validate(tree)
@@ -51,31 +52,59 @@ def _presets() -> Any:
 
 def _read_tree(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if source in seen:
-        raise ConfigError(f"configurations extend each other in a circle: {' -> '.join((*seen, source))}")
-    is_file = source.endswith((".yaml", ".yml")) or "/" in source
-    if is_file:
-        path = Path(source)
-        if not path.is_file():
-            raise ConfigError(f"no configuration file at {source}; presets are: {', '.join(preset_names())}")
-        text = path.read_text(encoding="utf-8")
-    elif source in preset_names():
-        text = (_presets() / f"{source}.yaml").read_text(encoding="utf-8")
-    else:
-        raise ConfigError(f"no preset named {source!r}; {_nearest(source, preset_names())}, or give a .yaml file")
+        circle = one_line(" -> ".join((*seen, source)))
+        raise ConfigError(f"configurations extend each other in a circle: {circle}")
+    is_file = _names_file(source)
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {_one_line(error)}") from error
+        tree = _parse(_read_text(source) if is_file else _read_preset(source))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{one_line(source)} is not valid YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source} holds a {type(tree).__name__}, not keys and values")
+        raise ConfigError(f"{one_line(source)} holds a {type(tree).__name__}, not keys and values")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    if is_file and str(parent).endswith((".yaml", ".yml")):
-        parent = str(Path(source).parent / str(parent))
-    return _merge(_read_tree(str(parent), (*seen, source)), tree)
+    if not isinstance(parent, str):
+        raise ConfigError(f"{one_line(source)}: extends={shown(parent)} is no name of a preset or of a file")
+    if is_file and parent.endswith((".yaml", ".yml")):
+        parent = str(Path(source).parent / parent)
+    return _merge(_read_tree(parent, (*seen, source)), tree)
+
+
+def _names_file(source: str) -> bool:
+    return source.endswith((".yaml", ".yml")) or "/" in source
+
+
+def _read_text(source: str) -> bytes:
+    """A file's content; the parser finds out its encoding."""
+    try:
+        return Path(source).read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"no configuration file at {one_line(source)}; presets are: {', '.join(preset_names())}"
+        ) from error
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        raise ConfigError(f"{one_line(source)} cannot be read: {one_line(str(error))}") from error
+
+
+def _read_preset(source: str) -> bytes:
+    if source not in preset_names():
+        raise ConfigError(f"no preset named {shown(source)}; {_nearest(source, preset_names())}, or give a .yaml file")
+    return (_presets() / f"{source}.yaml").read_bytes()
+
+
+def _parse(text: bytes | str) -> Any:
+    """The value of a YAML text. Raises ValueError, in one line, for whatever the parser cannot take."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a date of month 99 is a ValueError
+        raise ValueError(one_line(str(error))) from error
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +119,7 @@ def _set_path(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
         child = tree.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {'.'.join(path)}: {part} holds a value, not keys")
+            raise ConfigError(f"--set {one_line('.'.join(path))}: {one_line(part)} holds a value, not keys")
         tree = child
     tree[path[-1]] = value
 
@@ -106,8 +135,8 @@ def _explain(error: ValidationError) -> str:
         elif problem["type"] == "value_error":
             lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"{key}={problem['input']!r}: {problem['msg']}")
-    return "; ".join(dict.fromkeys(lines))
+            lines.append(f"{key}={shown(problem['input'])}: {problem['msg']}")
+    return one_line("; ".join(dict.fromkeys(lines)))
 
 
 def _key_path(path: list[str]) -> str:
@@ -129,7 +158,3 @@ def _nearest(word: str, known: list[str]) -> str:
     if not close:
         close = [k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]][:1]
     return f"did you mean {close[0]}?" if close else f"known are: {', '.join(known)}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -110,12 +110,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, post: Post, *, max_tokens:
     last_fitting = max_tokens - marker_tokens - 1
     fitting_end = encoding["offset_mapping"][last_fitting][1] if last_fitting >= 0 else 0
     end = fitting_end - len(_header(post))
-    while end > 0 and (end := _border_before(post.body, end)) > 0:
-        ids = encode_text(tokenizer, _render(post, post.body[:end].rstrip()))
+    while end > 0 and (border := _border_before(post.body, end)) > 0:
+        ids = encode_text(tokenizer, _render(post, post.body[:border].rstrip()))
         if len(ids) <= max_tokens:
             return EncodedPrompt(ids=ids, cut_tokens=len(full_ids) - len(ids))
         # Tokens need not be additive around the cut: give up a little more until it fits.
-        end -= 1
+        end = min(border, end) - 1
     raise ValueError(f"the header leaves no room for the post in {max_tokens} tokens")
 
 
@@ -186,7 +186,10 @@ def _first_missing(text: str) -> str:
 
 
 def _border_before(body: str, end: int) -> int:
-    """Position of the last newline, sentence end or space near `end`, the first kind found; else `end`."""
+    """Position of the last newline, sentence end or space near `end`, the first kind found; else `end`.
+
+    A sentence's end may be one further, as 。 needs no space behind it.
+    """
     nearest = int(end * (1 - _NEAR))
     if (newline := body.rfind("\n", nearest, end + 1)) > 0:
         return newline

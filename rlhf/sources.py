@@ -17,7 +17,8 @@ from typing import Any
 
 from rlhf.data import json_object
 from rlhf.errors import DataError
-from rlhf.hub import is_hub_name, reaching_hub
+from rlhf.hub import is_directory, is_file, is_hub_name, reaching_hub
+from rlhf.quoting import one_line
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
@@ -58,15 +59,15 @@ def read_rows(setting: str | tuple[str, ...], *, key: str) -> Iterator[RawRow]:
     if not names:
         raise DataError(f"{key} is an empty list; name at least one file")
     for name in names:
-        if name and Path(name).is_dir():
+        if is_directory(name):
             for path in _files_in(Path(name), key):
                 yield from _read_file(path)
-        elif name.lower().endswith(EXTENSIONS) or (name and Path(name).exists()):
-            yield from _read_file(_existing(Path(name), key))
+        elif name.lower().endswith(EXTENSIONS) or is_file(name):
+            yield from _read_file(_existing(name, key))
         elif is_hub_name(name):
             yield from _read_hub(name, key)
         else:
-            raise DataError(f"{key}={name}: no such file or directory; check the path")
+            raise DataError(f"{key}={one_line(name)}: no such file or directory; check the path")
 
 
 def split_of_file(path: Path) -> str | None:
@@ -87,12 +88,12 @@ def _files_in(directory: Path, key: str) -> list[Path]:
     return files
 
 
-def _existing(path: Path, key: str) -> Path:
-    if not path.is_file():
-        raise DataError(f"{key}={path}: no such file; check the path")
-    if not path.name.lower().endswith(EXTENSIONS):
-        raise DataError(f"{key}={path}: unknown kind of file; give one of {', '.join(EXTENSIONS)}")
-    return path
+def _existing(name: str, key: str) -> Path:
+    if not is_file(name):
+        raise DataError(f"{key}={one_line(name)}: no such file; check the path")
+    if not name.lower().endswith(EXTENSIONS):
+        raise DataError(f"{key}={one_line(name)}: unknown kind of file; give one of {', '.join(EXTENSIONS)}")
+    return Path(name)
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
@@ -117,7 +118,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(str(error))[:200] or type(error).__name__
         raise DataError(f"{path} cannot be read: {reason}; fetch or write the file again") from error
 
 
@@ -139,7 +140,10 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
     # Undecodable bytes become lone surrogates, so that one bad row does not end the reading.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
-        header = next(reader, None)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}:1: invalid CSV: {error}; mend the header line") from error
         if header is None:
             return
         while True:

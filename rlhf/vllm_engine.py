@@ -8,7 +8,6 @@ Shapes: B prompts, R response columns (right-padded).
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +21,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.errors import PrerequisiteError, RlhfError
 from rlhf.generation import Generation
-from rlhf.models import read_config
+from rlhf.model_files import CONFIG, open_config
 from rlhf.sampling import Sampling
 from rlhf.sequences import max_positions
+from rlhf.skeleton import build_skeleton
 from rlhf.slots import Request
 from rlhf.vllm_batch import StartedVllm, VllmBatch
 from rlhf.vllm_process import import_vllm, start_vllm, stop_vllm, turn
+from rlhf.weights import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -148,21 +149,13 @@ class VllmEngine:
 
 def _skeleton(directory: Path) -> PreTrainedModel:
     """The model without its weights."""
-    config = read_config(directory)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise PrerequisiteError(f"{directory}/config.json is not of a language model: {reason}") from error
+    config, stored = open_config(directory)
+    return build_skeleton(AutoModelForCausalLM, config, stored, directory / CONFIG)
 
 
 def _read_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
     """The model's weights, mapped into memory. What else lies in their files is passed over, as transformers does."""
-    index, files = directory / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    stored = {name: tensor for file in sorted(files) for name, tensor in load_file(directory / file).items()}
+    stored = {name: tensor for file in weight_files(directory) for name, tensor in load_file(file).items()}
     for name, source in skeleton.all_tied_weights_keys.items():
         if source in stored:
             stored.setdefault(name, stored[source])  # vLLM unties what it reloads

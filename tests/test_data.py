@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +68,25 @@ def test_a_row_that_is_no_record_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named_with_the_stage_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no data file at .*posts-train.jsonl; run `rlhf fetch`"):
         load_examples(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"chosen": 3}, "chosen holds a int, not text"),
+        ({"rejected": None}, "rejected holds a NoneType, not text"),
+        ({"body": ["x"]}, "body holds a list, not text"),
+        ({"chosen": "\ud800"}, "invalid Unicode: a lone surrogate"),
+        ({"extra": [1]}, "extra holds a list, not an object"),
+        ({"margin": "2"}, "margin holds '2', no finite number"),
+        ({"margin": 10**400}, "margin holds 1000"),
+        ({"margin": float("nan")}, "margin holds nan, no finite number"),
+    ],
+)
+def test_a_published_row_with_a_value_of_another_kind_is_named(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    row = Comparison(POST, "good", "bad", "news", margin=0.5).to_row() | changes
+    (tmp_path / "comparisons-train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=f"comparisons-train.jsonl:1: {reason}"):
+        load_comparisons(tmp_path, "train")

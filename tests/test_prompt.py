@@ -183,6 +183,17 @@ def test_a_full_stop_inside_a_number_is_no_border(tokenizer: PreTrainedTokenizer
     assert cut_body(tokenizer, fitting + "7 dollars" * 20, fitting) == "it cost me about three and"
 
 
+@pytest.mark.timeout(60)
+def test_a_sentence_end_right_behind_what_fits_is_no_endless_loop(tokenizer: PreTrainedTokenizerBase) -> None:
+    """。 needs no space behind it, so the sentence that it ends can be one character too long, again and again."""
+    post = Post("a", "b", "猫が歌う。犬も歌う。" * 8)
+    header = len(encode_text(tokenizer, "SUBREDDIT: r/a\nTITLE: b\nPOST: \nTL;DR:"))
+    for room in range(header + 4, header + 120):
+        encoded = encode_prompt(tokenizer, post, max_tokens=room)
+        assert len(encoded.ids) <= room
+        assert encoded.cut_tokens > 0
+
+
 def test_a_header_without_room_for_the_post_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="the header leaves no room for the post in 16 tokens"):
         encode_prompt(tokenizer, Post("a", "title " * 50, "body"), max_tokens=16)

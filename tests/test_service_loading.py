@@ -179,9 +179,9 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(run_dir: Path) -> Non
     directory = (run_dir / "sft" / "final").resolve()
     (directory / ".nfs0001").write_text("what a network volume leaves of a file that is still open")
     load(run_dir)
-    (directory / "adapter_config.json").write_text("{}")
+    (directory / "added_tokens.json").write_text("{}")
     assert refusal(run_dir).endswith(
-        "adapter_config.json is not in manifest.json, so nothing says what it is; move it away"
+        "added_tokens.json is not in manifest.json, so nothing says what it is; move it away"
     )
 
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from app.devices import choose_device, choose_dtype, free_bytes
-from app.memory import GIB, Need, NoRoom, Workload, check_room, count_parameters, model_need, total_need
+from app.memory import GIB, Need, NoRoom, Workload, check_room, model_need, total_need
 from rlhf import cgroups
 from rlhf.errors import ConfigError, PrerequisiteError
+from rlhf.weights import count_parameters, stored_tensors
 from tests.conftest import REPOSITORY
 from tests.fakes import tiny_llama, tiny_policy
 from tests.test_cgroups import group, membership
@@ -81,12 +82,13 @@ def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     expected = sum(weight.numel() for weight in model.parameters())
-    assert count_parameters(tmp_path / "whole") == count_parameters(tmp_path / "shards") == expected
+    assert count_parameters(stored_tensors(tmp_path / "whole")) == expected
+    assert count_parameters(stored_tensors(tmp_path / "shards")) == expected
 
 
 def test_attention_masks_in_old_files_are_no_parameters(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3, 5), "attn.bias": torch.ones(9, dtype=torch.bool)}, tmp_path / "model.safetensors")
-    assert count_parameters(tmp_path) == 15
+    assert count_parameters(stored_tensors(tmp_path)) == 15
 
 
 def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:
@@ -94,17 +96,17 @@ def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:
     with pytest.raises(
         PrerequisiteError, match=r"has no model\.safetensors; run the stage again.*: nothing is unpickled here"
     ):
-        count_parameters(tmp_path)
+        stored_tensors(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"anything")
     with pytest.raises(PrerequisiteError, match=r"model\.safetensors is not a safetensors file"):
-        count_parameters(tmp_path)
+        stored_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"w": "absent.safetensors"}}'])
 def test_a_broken_index(index: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(PrerequisiteError, match="run the stage again"):
-        count_parameters(tmp_path)
+        stored_tensors(tmp_path)
 
 
 def workload(sequences: int, dtype: torch.dtype = torch.float32) -> Workload:
@@ -159,12 +161,13 @@ import gc, json, pathlib, resource, sys
 import psutil, torch
 
 from app.loading import load_run
-from app.memory import Workload, count_parameters, model_need, total_need
+from app.memory import Workload, model_need, total_need
 from app.settings import Settings
 from rlhf.config import TinyModelConfig
 from rlhf.models import create_tiny_gptj
 from rlhf.sampling import Sampling
 from rlhf.slots import Request
+from rlhf.weights import count_parameters, stored_tensors
 from tests.fakes import EOS_ID, PAD_ID, tiny_reward_model
 from tests.served_run import publish_model, served_run
 
@@ -194,8 +197,9 @@ gc.collect()
 
 slots, tokens = 48, 8 * 96
 cpu = {"device": torch.device("cpu"), "dtype": torch.float32, "positions": 120, "batch_tokens": tokens}
+sizes = {name: count_parameters(stored_tensors(root / "large" / name / "final")) for name in ("ppo", "reward")}
 needs = [
-    model_need(config, count_parameters(root / "large" / name / "final"), Workload(sequences=sequences, **cpu))
+    model_need(config, sizes[name], Workload(sequences=sequences, **cpu))
     for name, sequences in (("ppo", slots), ("reward", 0))
 ]
 before = psutil.Process().memory_info().rss

@@ -102,6 +102,20 @@ def test_broken_json_lines_are_handed_on_and_blank_ones_skipped(tmp_path: Path) 
     ]
 
 
+def test_a_broken_csv_header_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('"prompt\n')
+    with pytest.raises(DataError, match=r"rows\.csv:1: invalid CSV: unexpected end of data; mend the header line"):
+        list(read_rows(str(path), key="data.posts"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + "/rows.csv", "a\0/b.jsonl", "/\ud800", "../" + "y" * 5000])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="no such file") as caught:
+        list(read_rows(name, key="data.posts"))
+    assert str(caught.value).isprintable()
+
+
 def test_broken_csv_rows_are_handed_on(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'prompt,label\na,b\na\n\n"a" x,b\n\xff,b\nc,d\n')
