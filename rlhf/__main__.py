@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from rlhf import __version__
 from rlhf.cluster.commands import add_commands
-from rlhf.console import Parser, report_failure
+from rlhf.console import Parser, ignore_signals, report_failure
 from rlhf.errors import PrerequisiteError, RlhfError, StopRequested, UsageError
 from rlhf.launcher.layout import launch_options
 from rlhf.launcher.outcome import UNFORESEEN
@@ -36,8 +36,19 @@ STAGE_HELP = {
 }
 
 
+def run() -> int:
+    """The entry point: `main`, and an exit code that no late signal changes."""
+    try:
+        code = main()
+    except KeyboardInterrupt:  # a second signal, while the first was being told
+        code = StopRequested.exit_code
+    ignore_signals()
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code tells a Job what happened (the README lists them)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until somebody listens who knows better
     code, line = attempt(sys.argv[1:] if arguments is None else arguments)
     if line:
         report_failure(f"rlhf: {line}")
@@ -116,6 +127,12 @@ def build_parser() -> Parser:
     run.set_defaults(command=command_run)
     status = commands.add_parser("status", help="how far each stage of a run is", parents=[common])
     status.set_defaults(command=command_status)
+    verify = commands.add_parser(
+        "verify", help="hold all that a run has published against what was written down then", parents=[common]
+    )
+    verify.add_argument("name", nargs="?", metavar="RUN", help="name of the run (default: that of --run)")
+    verify.add_argument("--repair", action="store_true", help="move what is damaged aside; deletes nothing")
+    verify.set_defaults(command=command_verify)
     report = commands.add_parser("report", help="write the HTML report of a run", parents=[common])
     report.set_defaults(command=command_report)
     compare = commands.add_parser("compare", help="what PPO gained, over several runs", parents=[common])
@@ -130,25 +147,31 @@ def build_parser() -> Parser:
 
 def command_stage(options: argparse.Namespace) -> int:
     """Run one stage in this process."""
-    # Until the stage listens for signals itself there is nothing to save: leave as upon Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from rlhf.stopping import StopSignal
+
+    stop = StopSignal()
+    stop.install()
     from rlhf.checkpoint import run_directory
-    from rlhf.pipeline import STAGES, run_stage
+    from rlhf.pipeline import STAGES
 
     config, run_dir = read_config(options), run_directory(options.runs_dir, options.run)
-    from rlhf.processes import is_first_process
-    from rlhf.runtime import StopSignal, all_processes, announce_device
-    from rlhf.telemetry import configure_logging
-
-    announce_device()
-    configure_logging(debug=options.debug, quiet=not is_first_process())
     if options.stage != "fetch":
         # Later stages have all they need on the volume; a library that asks the Hub all the same must not hang.
         os.environ["HF_HUB_OFFLINE"] = "1"
-    stop = StopSignal()
-    stop.install()
-    with all_processes(config.runtime):
-        run_stage(next(stage for stage in STAGES if stage.name == options.stage), config, run_dir, stop)
+    try:
+        from rlhf.processes import is_first_process
+        from rlhf.running import run_stage
+        from rlhf.runtime import all_processes, announce_device
+        from rlhf.telemetry import configure_logging
+
+        announce_device()
+        configure_logging(debug=options.debug, quiet=not is_first_process())
+        with all_processes(config.runtime):
+            run_stage(next(stage for stage in STAGES if stage.name == options.stage), config, run_dir, stop)
+    except Exception as error:
+        if stop.interrupted:  # whatever a library made of it
+            raise KeyboardInterrupt from error
+        raise
     return 0
 
 
@@ -232,6 +255,16 @@ def command_status(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_verify(options: argparse.Namespace) -> int:
+    """Print a line for each published directory and each problem of a run; 0: all is good, 65: it is not."""
+    from rlhf.audit import verify_run
+    from rlhf.checkpoint import run_directory
+    from rlhf.repair import repair_run
+
+    run_dir = run_directory(options.runs_dir, options.name or options.run)
+    return (repair_run if options.repair else verify_run)(run_dir, say=lambda line: print(line, flush=True))
+
+
 def command_report(options: argparse.Namespace) -> int:
     """Write the report from whatever is there."""
     from rlhf.checkpoint import run_directory
@@ -286,4 +319,4 @@ def print_results(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -3,42 +3,37 @@
     <run>/<stage>/step-00000400/   files, and manifest.json with their sizes and sha256
     <run>/<stage>/{latest,best,final}   relative links to such a directory
 
-A directory is written beside its place, synced, and renamed; a link is swapped atomically. A reader
+A directory is written in the writer's room (`rlhf/lease.py`), synced, and renamed; a link is swapped atomically. A
+step that is published again becomes `step-00000400.1`: nothing that is there is ever replaced in place. A reader
 trusts only what the manifest confirms and falls back to the step before.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from rlhf.errors import PrerequisiteError, RlhfError, StorageError, UsageError
+from rlhf.errors import PrerequisiteError, RlhfError, UsageError
+from rlhf.lease import Lease, remove
 from rlhf.processes import is_first_process
+from rlhf.storage import UNFINISHED, sha256, storage_errors, sync, unfinished_name, write_synced
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-STEP_NAME = re.compile(r"step-(\d{8})")
-UNFINISHED = ".unfinished-"
-REFUSALS = {
-    errno.ENOSPC: "the volume is full: free space or enlarge it",
-    errno.EDQUOT: "the quota is used up: free space or raise it",
-    errno.EROFS: "the volume is read-only: mount it writable",
-    errno.EACCES: "permission denied: let this user write there",
-    errno.EIO: "input/output error: check the volume",
-}
+CONFIG_FILE = "config.yaml"
+DAMAGED = "damaged"
+STEP_NAME = re.compile(r"step-(\d{8})(?:\.([1-9]\d{0,3}))?")
+LINKS = ("latest", "best", "final")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -64,12 +59,18 @@ def run_first(stage: str, run: str) -> str:
 
 
 class StageDir:
-    """What one stage of a run has published."""
+    """What one stage of a run has published.
 
-    def __init__(self, run_dir: Path, stage: str) -> None:
+    With a lease, whatever becomes visible is renamed out of the holder's room and fails once the lease is lost;
+    without one, as readers have it, `room` is the folder itself. settings go into every directory as config.yaml.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, *, lease: Lease | None = None, settings: str | None = None) -> None:
         self.run_dir = run_dir
         self.stage = stage
         self.path = run_dir / stage
+        self.room = lease.room if lease else self.path
+        self._lease, self._settings = lease, settings
 
     def is_final(self) -> bool:
         """Whether the stage has finished; does not read the files again."""
@@ -93,91 +94,197 @@ class StageDir:
         try:
             verify(final, contents=contents)
         except DamagedCheckpoint as damage:
-            raise PrerequisiteError(f"{damage}; move {final.resolve()} aside, then {remedy}") from damage
+            raise PrerequisiteError(f"{damage}; {repair(self.run_dir.name)}, then {remedy}") from damage
         return final
 
     def latest(self) -> tuple[int, Path] | None:
-        """The newest step that verifies, with its number; damaged ones are reported and passed over."""
+        """The newest step that verifies, with its number; None where the stage has not saved any.
+
+        Damaged ones are reported; who holds the lease sets them aside. Raises PrerequisiteError when none is good.
+        """
+        damaged: list[Path] = []
         for step, directory in reversed(self.steps()):
             try:
                 verify(directory)
             except DamagedCheckpoint as damage:
                 logger.warning("passing over a damaged checkpoint: %s", damage)
-            else:
-                return step, directory
+                damaged.append(directory)
+                continue
+            if self._lease:
+                for other in damaged:
+                    self.set_aside(other)
+            if (named := self.named("latest")) and not (self.path / named).exists():
+                logger.warning("%s leads nowhere; going on from %s", self.path / "latest", directory.name)
+            return step, directory
+        if damaged or self.named("latest"):
+            what = f"none of the {len(damaged)} checkpoints is good" if damaged else "`latest` leads nowhere"
+            raise PrerequisiteError(
+                f"{self.path}: {what}; bring one back from a copy, or {repair(self.run_dir.name)} "
+                f"and run stage {self.stage} again from its beginning"
+            )
         return None
 
     def steps(self) -> list[tuple[int, Path]]:
-        """Published steps, oldest first, verified or not."""
+        """Published steps with all their revisions, oldest first, verified or not."""
         if not self.path.is_dir():
             return []
         matches = ((STEP_NAME.fullmatch(p.name), p) for p in self.path.iterdir() if not p.is_symlink())
-        return sorted((int(m[1]), p) for m, p in matches if m)
+        found = sorted((int(m[1]), int(m[2] or 0), p) for m, p in matches if m)
+        return [(step, path) for step, _, path in found]
 
     @contextmanager
     def publish(self, step: int, *, final: bool = False, best: bool = False) -> Iterator[Path]:
         """Yield an empty directory to write into; when the block ends well it becomes `step`.
 
-        Raises StorageError when the volume refuses a write; nothing published before is touched.
+        Raises StorageError when the volume refuses a write, LeaseLost when another process has taken over; nothing
+        published before is touched.
         """
-        with storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            work = self.path / unfinished_name(f"{step:08d}")
-            work.mkdir()
+        work = self.room / unfinished_name(f"{step:08d}")
         try:
-            with storage_errors(self.path):
+            with self._writing():
+                if self._lease is None:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                work.mkdir()
                 yield work
                 self.adopt(work, step, final=final, best=best)
         except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            remove(work)
             raise
 
     def adopt(self, directory: Path, step: int, *, final: bool = False, best: bool = False) -> Path:
-        """Publish a directory on the same volume that is fully written already; it is moved."""
-        with storage_errors(self.path):
+        """Publish a directory in the room that is fully written already; it is moved."""
+        with self._writing():
+            if self._settings is not None:
+                (directory / CONFIG_FILE).write_text(self._settings, encoding="utf-8")
             write_manifest(directory, step=step, stage=self.stage)
-            target = self.path / f"step-{step:08d}"
-            if target.exists():
-                discarded = self.path / unfinished_name(f"replaced-{step:08d}")
-                os.rename(target, discarded)
-                os.rename(directory, target)
-                shutil.rmtree(discarded, ignore_errors=True)
-            else:
-                os.rename(directory, target)
-            _sync(self.path)
-            for name, wanted in (("latest", True), ("best", best), ("final", final)):
-                if wanted:
-                    self.point(name, step)
+            target = self._free_name(step)
+            self._show(directory, target)
+            sync(self.path)
+        for name, wanted in (("latest", True), ("best", best), ("final", final)):
+            if wanted:
+                self.point(name, target.name)
         logger.info("saved stage=%s step=%d path=%s", self.stage, step, target)
         return target
 
-    def point(self, name: str, step: int) -> None:
-        """Make the link `name` lead to a published step."""
-        link = self.path / unfinished_name(name)
-        link.symlink_to(f"step-{step:08d}")
-        os.replace(link, self.path / name)
-        _sync(self.path)
+    def point(self, name: str, target: str) -> None:
+        """Make the link `name` lead to a published directory, given by its name."""
+        link = self.room / unfinished_name(name)
+        try:
+            with self._writing():
+                link.symlink_to(target)
+                self._show(link, self.path / name)
+                sync(self.path)
+        except BaseException:
+            remove(link)
+            raise
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` steps and those that `best` or `final` name."""
-        named = {(self.path / name).resolve().name for name in ("best", "final") if (self.path / name).exists()}
-        for _, directory in self.steps()[:-keep]:
-            if directory.name not in named:
-                shutil.rmtree(directory)
+        """Remove all but the newest `keep` steps and what a link names; of a step published again, the older ones."""
+        with self._writing():
+            named = {self.named(name) for name in LINKS}
+        newest = list(dict(self.steps()).values())[-keep:]
+        for _, directory in self.steps():
+            if directory not in newest and directory.name not in named:
+                with self._writing():
+                    remove(self._hide(directory))
+
+    def set_aside(self, directory: Path) -> Path:
+        """Move a damaged directory out of the way, into `damaged/`; nothing is deleted."""
+        aside = self.path / DAMAGED / f"{directory.name}-{uuid.uuid4().hex[:6]}"
+        self.check()
+        with self._writing():
+            aside.parent.mkdir(exist_ok=True)
+            # In one step: what lay in the room in between would be cleared away after a crash.
+            os.rename(directory, aside)
+            sync(self.path)
+        logger.info("set aside %s as %s", directory, aside)
+        return aside
+
+    def named(self, link: str) -> str | None:
+        """What a link leads to, a name in this folder; None where there is no such link.
+
+        Raises OSError when it cannot be read, since what it names must not be taken for unnamed.
+        """
+        try:
+            return os.readlink(self.path / link)
+        except FileNotFoundError:
+            return None
+
+    def unlink(self, name: str) -> None:
+        """Remove a link, if it is there."""
+        with self._writing():
+            if self.named(name):
+                remove(self._hide(self.path / name))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file of the stage's folder atomically; name may hold a folder.
+
+        Raises StorageError, and LeaseLost.
+        """
+        self.rewrite(name, text).close()
+
+    def rewrite(self, name: str, text: str) -> FileIO:
+        """As `write_text`; gives the new file, open to append to.
+
+        It is a file of its own: what the writer before this one still appends goes to the old one, which is gone.
+        """
+        target, beside = self.path / name, self.room / unfinished_name(Path(name).name)
+        with ExitStack() as undo, self._writing():
+            undo.callback(remove, beside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(beside, text)
+            file = undo.enter_context(FileIO(beside, "a"))
+            self._show(beside, target)
+            sync(target.parent)
+            undo.pop_all()
+        return file
 
     def remove_unfinished(self) -> None:
         """Clear what a killed process left half-written."""
-        if self.path.is_dir():
-            for leftover in self.path.glob(f"{UNFINISHED}*"):
-                if leftover.is_symlink():
-                    leftover.unlink()
-                else:
-                    shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.path.glob(f"{UNFINISHED}*"):
+            remove(leftover)
+
+    def check(self) -> None:
+        """Raise LeaseLost when another process has taken the stage over."""
+        if self._lease:
+            self._lease.check()
+
+    def _free_name(self, step: int) -> Path:
+        taken = {directory.name for _, directory in self.steps()}
+        revision, name = 0, f"step-{step:08d}"
+        while name in taken:
+            revision += 1
+            name = f"step-{step:08d}.{revision}"
+        return self.path / name
+
+    def _show(self, work: Path, target: Path) -> None:
+        if self._lease:
+            self._lease.show(work.name, target)
+        else:
+            os.rename(work, target)
+
+    def _hide(self, path: Path) -> Path:
+        hidden = self.room / unfinished_name(path.name)
+        if self._lease:
+            self._lease.hide(path, hidden.name)
+        else:
+            os.rename(path, hidden)
+        return hidden
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the volume refuses into StorageError, and what fails for want of the lease into LeaseLost."""
+        try:
+            with storage_errors(self.path):
+                yield
+        except Exception:
+            self.check()
+            raise
 
 
-def unfinished_name(name: str) -> str:
-    """A name to write under first, of nobody else's: on a shared volume pods have the same process ids."""
-    return f"{UNFINISHED}{name}-{uuid.uuid4().hex[:12]}"
+def repair(run: str) -> str:
+    """What to do about damage."""
+    return f"run `python -m rlhf verify {run} --repair`, which moves damaged directories aside"
 
 
 def write_manifest(directory: Path, *, step: int, stage: str) -> None:
@@ -187,37 +294,57 @@ def write_manifest(directory: Path, *, step: int, stage: str) -> None:
         # safetensors writes for the owner alone; whoever may read the volume may read what is published on it.
         path.chmod(path.stat().st_mode | 0o444)
         files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        _sync(path)
+        sync(path)
     manifest = {"stage": stage, "step": step, "files": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(directory / MANIFEST)
+    write_synced(directory / MANIFEST, json.dumps(manifest, indent=1))
     for folder in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
-        _sync(folder)
+        sync(folder)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a published directory; raises DamagedCheckpoint."""
+    """The manifest of a published directory; raises DamagedCheckpoint for one that is missing or not ours.
+
+    Raises StorageError when the volume refuses to be read: that says nothing about the directory.
+    """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest["files"], dict) or not isinstance(manifest["step"], int):
-            raise TypeError("wrong types")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with storage_errors(directory, doing="read"):
+            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        whole = (
+            type(manifest["step"]) is int
+            and isinstance(manifest["stage"], str)
+            and all(_is_entry(name, entry) for name, entry in manifest["files"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{directory / MANIFEST} is missing or unreadable") from error
+    if not whole:
+        raise DamagedCheckpoint(f"{directory / MANIFEST} is not a manifest of this project")
     return manifest
 
 
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether a line of a manifest names a file inside its directory, a size and a digest."""
+    inside = name.isprintable() and not name.startswith("/") and ".." not in name.split("/")
+    return inside and type(entry["size"]) is int and isinstance(entry["sha256"], str)
+
+
 def verify(directory: Path, *, contents: bool = True) -> None:
-    """Hold every file against the manifest; raises DamagedCheckpoint naming the first that differs.
+    """Hold every file against the manifest; raises DamagedCheckpoint naming the first that differs, and StorageError.
 
     Without contents, files are not read: only what is missing or has another size is found.
     """
     for name, entry in read_manifest(directory)["files"].items():
         path = directory / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise DamagedCheckpoint(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
-        if contents and sha256(path) != entry["sha256"]:
+        try:
+            with storage_errors(directory, doing="read"):
+                size = path.stat().st_size
+                changed = size == entry["size"] and contents and sha256(path) != entry["sha256"]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DamagedCheckpoint(f"{path} is missing") from error
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
+        if size != entry["size"]:
+            raise DamagedCheckpoint(f"{path} has {size} bytes instead of {entry['size']}")
+        if changed:
             raise DamagedCheckpoint(f"{path} has changed since it was written (sha256 differs)")
 
 
@@ -225,47 +352,3 @@ def fingerprint(directory: Path) -> str:
     """One sha256 for a published directory: that of its manifest's file list."""
     files = read_manifest(directory)["files"]
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old text or the new, never a part."""
-    with storage_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(unfinished_name(path.name))
-        beside.write_text(text, encoding="utf-8")
-        _sync(beside)
-        os.replace(beside, path)
-
-
-@contextmanager
-def storage_errors(where: Path) -> Iterator[None]:
-    """Turn what a volume can refuse into a StorageError of one clear line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = REFUSALS.get(_error_number(error))
-        if reason is None:
-            raise
-        raise StorageError(f"cannot write below {where}: {reason}; what was saved before is still good") from error
-
-
-def _error_number(error: OSError | SafetensorError) -> int:
-    if isinstance(error, OSError):
-        return error.errno or 0
-    # safetensors' own error names the number only in its text.
-    match = re.search(r"os error (\d+)", str(error))
-    return int(match[1]) if match else 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

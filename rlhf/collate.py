@@ -5,6 +5,9 @@ Shapes: B rows of a batch, T tokens, K positions whose next token counts in the 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Example
+from rlhf.data import Comparison, Example
 from rlhf.errors import DataError
 from rlhf.prompt import encode_prompt
 
@@ -56,8 +59,12 @@ def fitting_posts(
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A prompt and its response, which ends in EOS. Arrays: a list of ints would take nine times the memory."""
+    """A prompt and its response, which ends in EOS. Arrays: a list of ints would take nine times the memory.
 
+    id is the post's.
+    """
+
+    id: str
     prompt: TokenIds
     response: TokenIds
 
@@ -69,8 +76,9 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A prompt and its two responses, each of which ends in EOS."""
+    """A prompt and its two responses, each of which ends in EOS; see pair_id."""
 
+    id: str
     prompt: TokenIds
     chosen: TokenIds
     rejected: TokenIds
@@ -79,6 +87,12 @@ class EncodedPair:
     def length(self) -> int:
         """Tokens of the longer sequence."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def pair_id(comparison: Comparison) -> str:
+    """The post's id, then something that tells the pair from the post's others: `3fb1…-9c41d2e0`."""
+    told = json.dumps([comparison.chosen, comparison.rejected, comparison.source])
+    return f"{comparison.post.id}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
 def token_ids(ids: Sequence[int]) -> TokenIds:
@@ -120,6 +134,18 @@ class LengthGroupedSampler(Sampler[int]):
         pools = [indices[start : start + pool] for start in range(0, len(indices), pool)]
         by_length = [part[np.argsort(self.lengths[part], kind="stable")] for part in pools]
         return np.concatenate(by_length or [indices]).reshape(-1, self.batch_size)
+
+
+def micro_batches(order: Sequence[int], *, size: int, processes: int) -> list[list[int]]:
+    """An epoch's indices in micro-batches; number k belongs to process k modulo `processes`.
+
+    Processes get equally many full ones: the first indices come again at the end to make up for those that lack.
+    One process takes the last as it is. Source: accelerate's BatchSamplerShard with even_batches.
+    """
+    if processes > 1:
+        lacking = -len(order) % (size * processes)
+        order = [*order, *itertools.islice(itertools.cycle(order), lacking)]
+    return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
 
 def pad_right(rows: Sequence[TokenIds], pad_id: int) -> tuple[Tensor, Tensor]:

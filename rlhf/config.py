@@ -18,9 +18,11 @@ NPLUS = "Huang et al. 2024"
 OURS = ""
 
 
-def setting(default: Any, meaning: str, *, unit: str = "", origin: str = OURS, **constraints: Any) -> Any:
-    """Declare a key with its meaning, unit and where its default comes from."""
-    extra: dict[str, Any] = {"unit": unit, "origin": origin}
+def setting(
+    default: Any, meaning: str, *, unit: str = "", origin: str = OURS, may_change: bool = False, **constraints: Any
+) -> Any:
+    """Declare a key: meaning, unit, where its default comes from, whether a stage that has begun may change it."""
+    extra: dict[str, Any] = {"unit": unit, "origin": origin, "may_change": may_change}
     if isinstance(default, list | dict):
         return Field(default_factory=lambda: default, description=meaning, json_schema_extra=extra, **constraints)
     return Field(default, description=meaning, json_schema_extra=extra, **constraints)
@@ -100,6 +102,9 @@ class ModelConfig(Section):
         None,
         "Hub name or local directory of a tokenizer; empty: the base model's (for `tiny`: trained on the posts)",
     )
+    pickled: Literal["refuse", "convert"] = setting(
+        "refuse", "a base that is published as a pickle only: refused, or its tensors alone taken out by `fetch`"
+    )
     tiny: TinyModelConfig = Field(default_factory=TinyModelConfig)
 
 
@@ -136,11 +141,17 @@ class TrainerConfig(Section):
     epochs: float = setting(1.0, "passes over the training data", unit="epochs", gt=0)
     max_steps: int | None = setting(None, "ends the training early", unit="optimiser steps", ge=1)
     batch_size: int = setting(16, "examples in an optimiser step, over all processes", ge=1)
-    micro_batch_size: int = setting(16, "examples in one forward pass of one process", ge=1)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    micro_batch_size: int = setting(16, "examples in one forward pass of one process", ge=1, may_change=True)
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass to save memory", may_change=True
+    )
     deepspeed: str | None = setting(None, "`zero2`, or the path of a DeepSpeed configuration (JSON); empty: none")
-    eval_every_steps: int = setting(500, "how often the held-out data is looked at", unit="optimiser steps", ge=1)
-    save_every_steps: int = setting(500, "how often a checkpoint is written", unit="optimiser steps", ge=1)
+    eval_every_steps: int = setting(
+        500, "how often the held-out data is looked at", unit="optimiser steps", ge=1, may_change=True
+    )
+    save_every_steps: int = setting(
+        500, "how often a checkpoint is written", unit="optimiser steps", ge=1, may_change=True
+    )
 
 
 class SftConfig(TrainerConfig):
@@ -203,7 +214,7 @@ class PpoConfig(Section):
     rollout_chunk: int = setting(16, "summaries sampled in one batch", origin=TRLX, ge=1)
     inner_epochs: int = setting(4, "passes over the rollouts", origin=TRLX, ge=1)
     minibatch_size: int = setting(4, "rollouts in an optimiser step, over all processes", origin=TRLX, ge=1)
-    micro_batch_size: int = setting(4, "rollouts in one forward pass of one process", ge=1)
+    micro_batch_size: int = setting(4, "rollouts in one forward pass of one process", ge=1, may_change=True)
     temperature: float = setting(1.0, "of sampling, and of every log-probability", gt=0)
     reward: Literal["delta", "absolute"] = setting(
         "delta", "score minus the reference summary's score, or the score itself", origin=TRLX
@@ -229,13 +240,20 @@ class PpoConfig(Section):
         unit="nats a token",
         gt=0,
     )
+    max_kl: float = setting(
+        100.0, "an iteration whose rollouts are further than this from SFT is skipped", unit="nats a summary", gt=0
+    )
     kl_budget: float = setting(
         20.0, "the best policy is sought among those within this KL to SFT", unit="nats a summary", gt=0
     )
     eval_every_iterations: int = setting(2, "how often held-out posts are summarised", unit="iterations", ge=1)
     eval_posts: int = setting(1000, "held-out posts of an evaluation", unit="posts", origin=TRLX, ge=1)
-    save_every_iterations: int = setting(10, "how often a checkpoint is written", unit="iterations", ge=1)
-    sample_table_posts: int = setting(8, "posts in the table of samples at each evaluation", unit="posts", ge=1)
+    save_every_iterations: int = setting(
+        10, "how often a checkpoint is written", unit="iterations", ge=1, may_change=True
+    )
+    sample_table_posts: int = setting(
+        8, "posts in the table of samples at each evaluation", unit="posts", ge=1, may_change=True
+    )
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PpoConfig:
@@ -276,21 +294,47 @@ class EvaluateConfig(Section):
 class RuntimeConfig(Section):
     """The machine: devices, precision, stopping, saving, logging."""
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where it is")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where it is", may_change=True)
     precision: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "of computation and frozen weights; trained weights are float32"
     )
-    threads: int | None = setting(None, "CPU threads; empty: one a core that the container may use", ge=1)
-    stop_within_seconds: int = setting(120, "after SIGTERM the state is saved in this time", unit="seconds", ge=1)
-    keep_checkpoints: int = setting(2, "newest checkpoints kept beside best and final", ge=1)
-    log_every_steps: int = setting(10, "how often metrics are written", unit="optimiser steps", ge=1)
-    tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl")
+    threads: int | None = setting(
+        None, "CPU threads; empty: one a core that the container may use", ge=1, may_change=True
+    )
+    stop_within_seconds: int = setting(
+        120, "after SIGTERM the state is saved in this time", unit="seconds", ge=1, may_change=True
+    )
+    lease_seconds: float = setting(
+        30.0,
+        "a stage whose process shows no sign of life for so long may be taken over",
+        unit="seconds",
+        gt=0,
+        lt=86400,
+        may_change=True,
+    )
+    hang_after_seconds: float = setting(
+        1800.0,
+        "a process that finishes no step for so long shows its stacks and ends",
+        unit="seconds",
+        gt=0,
+        may_change=True,
+    )
+    max_bad_steps: int = setting(
+        3,
+        "so many steps in a row with numbers that are not finite, all skipped, end the stage",
+        unit="steps",
+        ge=1,
+        may_change=True,
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints kept beside best and final", ge=1, may_change=True)
+    log_every_steps: int = setting(10, "how often metrics are written", unit="optimiser steps", ge=1, may_change=True)
+    tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl", may_change=True)
 
 
 class Config(Section):
     """A run."""
 
-    seed: int = setting(1, "of data order, sampling and initial weights", ge=0)
+    seed: int = setting(1, "of data order, sampling and initial weights", ge=0, le=2**32 - 1)
     data: DataConfig = Field(default_factory=DataConfig)
     synthetic: SyntheticConfig = Field(default_factory=SyntheticConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -314,6 +358,12 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield from fields(nested, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
+
+
+def changeable_keys() -> frozenset[str]:
+    """The keys that a stage which has begun may go on with under another value."""
+    extras = ((key, info.json_schema_extra) for key, info in fields())
+    return frozenset(key for key, extra in extras if isinstance(extra, dict) and extra["may_change"])
 
 
 def section_type(annotation: Any) -> type[Section] | None:

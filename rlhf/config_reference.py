@@ -20,6 +20,10 @@ would use. This page is generated from the schemas by `make docs`; a test keeps 
 
 *Origin* says where a default comes from: the summarize example of trlX 0.7.0, or Huang et al. 2024, "The N+
 Implementation Details of RLHF with PPO"; without one it is this project's choice.
+
+A stage that has begun goes on with the settings that it began with; another value is refused by name. Keys marked
+*may change* are the exceptions: they change speed, memory, logs or how often something is saved, and what is computed
+at most by rounding.
 """
 
 
@@ -32,7 +36,8 @@ def settings_markdown() -> str:
         for key, info in group:
             extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
             default = _default_text(info.get_default(call_default_factory=True))
-            cells = [f"`{key}`", info.description or "", extra["unit"], type_name(info.annotation), default]
+            meaning = f"{info.description or ''}{' (*may change*)' if extra['may_change'] else ''}"
+            cells = [f"`{key}`", meaning, extra["unit"], type_name(info.annotation), default]
             parts.append("| " + " | ".join(str(cell) for cell in [*cells, extra["origin"]]) + " |\n")
     return "".join(parts)
 

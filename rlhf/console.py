@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def ignore_signals() -> None:
+    """From here on SIGTERM and SIGINT change nothing: the exit code stands.
+
+    At its own end the interpreter puts their usual handlers back, which would replace it, unless they are ignored.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def report_failure(line: str) -> None:

@@ -55,5 +55,9 @@ class ConfigError(RlhfError, ValueError):
     exit_code = 78
 
 
+class DivergedError(ConfigError):
+    """The numbers of the training have gone wrong for good; names the last good checkpoint and the remedy."""
+
+
 PERMANENT_CODES = frozenset(error.exit_code for error in (UsageError, DataError, PrerequisiteError, ConfigError))
 """Exit codes after which trying again is of no use; a Job's failure policy ends on them."""

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from rlhf.__main__ import attempt
+from rlhf.console import ignore_signals
 from rlhf.launcher.outcome import leave, stopped_early
 from rlhf.processes import die_with
 
@@ -27,7 +28,7 @@ def main() -> int:
     except KeyboardInterrupt:
         early = stopped_early(time.time())
         code, line = early.code, early.line
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     leave(folder, local_rank, code, line)
     return code
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from rlhf.checkpoint import StageDir, storage_errors, write_text_atomically
-from rlhf.config import Config
+from rlhf.checkpoint import CONFIG_FILE, StageDir
+from rlhf.config import Config, changeable_keys
 from rlhf.errors import ConfigError
-from rlhf.processes import is_first_process
-
-if TYPE_CHECKING:
-    from rlhf.runtime import StopSignal
-
-logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -47,39 +37,37 @@ STAGES = (
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
-def run_stage(stage: Stage, config: Config, run_dir: Path, stop: StopSignal) -> bool:
-    """Run one stage to its end; False when it had finished before.
-
-    Raises ConfigError when the run began with other settings than these.
-    """
-    check_settings(config, run_dir)
-    directory = StageDir(run_dir, stage.name)
-    if directory.is_final():
-        logger.info("stage=%s is already done path=%s", stage.name, directory.path / "final")
-        return False
-    with storage_errors(directory.path):
-        if is_first_process():
-            directory.remove_unfinished()
-            write_text_atomically(directory.path / CONFIG_FILE, config.to_yaml())
-        program = importlib.import_module(f"rlhf.stages.{stage.name}")
-        program.run(config, run_dir, stop)
-    return True
-
-
 def check_settings(config: Config, run_dir: Path) -> None:
-    """Refuse to go on with a run under settings other than what its stages have published was made with."""
-    now = config.model_dump(mode="json")
+    """Refuse to go on with a run under settings other than what its stages have published was made with.
+
+    Keys that docs/configuration.md says may change are left out; `runtime` counts for a stage that is not finished.
+    Raises ConfigError naming every key that differs.
+    """
+    now, usual, changeable = config.model_dump(mode="json"), Config().model_dump(mode="json"), changeable_keys()
     for stage in STAGES:
-        path = run_dir / stage.name / CONFIG_FILE
-        if not path.is_file() or not StageDir(run_dir, stage.name).steps():
+        path, directory = run_dir / stage.name / CONFIG_FILE, StageDir(run_dir, stage.name)
+        if not path.is_file() or not directory.steps():
             continue
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for section in stage.fixes:
-            for key, (old, new) in differences(before.get(section), now[section], section).items():
-                raise ConfigError(
-                    f"{key} was {old!r} for {stage.name} of run {run_dir.name!r} and is {new!r} now; "
-                    f"use another --run, or move {path.parent} and the stages after it aside"
-                )
+        before = _read_settings(path)
+        found: dict[str, tuple[Any, Any]] = {}
+        for section in (*stage.fixes, *(() if directory.is_final() else ("runtime",))):
+            found |= differences(before.get(section, usual[section]), now[section], section, usual[section])
+        if changed := {key: values for key, values in found.items() if key not in changeable}:
+            was = "; ".join(f"{key} was {old!r} and is {new!r} now" for key, (old, new) in changed.items())
+            raise ConfigError(
+                f"stage {stage.name} of run {run_dir.name!r} began with other settings: {was}; go back to them, use "
+                f"another --run, or move {path.parent} and the stages after it aside"
+            )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is damaged; copy {CONFIG_FILE} from the newest step-… folder beside it")
+    return settings
 
 
 def saved_config(run_dir: Path) -> Path | None:
@@ -88,11 +76,16 @@ def saved_config(run_dir: Path) -> Path | None:
     return next((path for path in reversed(paths) if path.is_file()), None)
 
 
-def differences(old: Any, new: Any, key: str) -> dict[str, tuple[Any, Any]]:
-    """Keys below `key` whose values differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for name in old | new:
-            found |= differences(old.get(name), new.get(name), f"{key}.{name}")
-        return found
-    return {} if old == new else {key: (old, new)}
+def differences(old: Any, new: Any, key: str, default: Any) -> dict[str, tuple[Any, Any]]:
+    """Keys below `key` whose values differ, with both values.
+
+    A key that an older release did not know had its default then; one that this release does not know is left out.
+    """
+    if not isinstance(new, dict):
+        return {} if old == new else {key: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, value in new.items():
+        usual = default.get(name) if isinstance(default, dict) else None
+        before = old.get(name, usual) if isinstance(old, dict) else usual
+        found |= differences(before, value, f"{key}.{name}", usual)
+    return found

@@ -1,22 +1,14 @@
-"""What PPO's loop works with: the networks, the optimiser and all that steers training; built, saved, loaded.
-
-A checkpoint holds the policy as transformers saves it, the value function and the optimiser's moments in
-safetensors, and the numbers in JSON. Nothing in it is unpickled.
-"""
+"""What PPO's loop works with: the networks, the optimiser and all that steers training."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
@@ -26,25 +18,35 @@ from rlhf.advantages import AdaptiveKl, FixedKl, RunningMoments, kl_controller
 from rlhf.checkpoint import StageDir
 from rlhf.config import Config
 from rlhf.errors import ConfigError
+from rlhf.experience import InHand
 from rlhf.generation import BuiltinEngine, Sampling
+from rlhf.health import Health
 from rlhf.models import load_policy, load_reward_model
-from rlhf.pipeline import CONFIG_FILE
 from rlhf.rollout import Collector
-from rlhf.runtime import prepare_runtime, torch_dtype
+from rlhf.runtime import ACCELERATE_PRECISION, prepare_runtime, torch_dtype
 from rlhf.schedule import learning_rate_scheduler
 from rlhf.scoring import Scorer
 from rlhf.shares import check_ppo_shares
 from rlhf.tokenizer import load_tokenizer
+from rlhf.training_state import HostWeights
 
-ACCELERATE_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-VALUE_FILE, OPTIMIZER_FILE, STATE_FILE = "value.safetensors", "optimizer.safetensors", "training_state.json"
+# Each use of chance has a stream of its own, so that none depends on what ran before it.
+PROMPTS, SAMPLING, SHUFFLE, EVALUATION = range(4)
+
+Place = tuple[int, bool, int]
 
 
 @dataclass
 class Learner:
-    """The networks and the state of a PPO run; what changes from iteration to iteration is saved."""
+    """The networks and the state of a PPO run; what changes from iteration to iteration is saved.
+
+    `iteration` counts those that are done. `unlogged` are the metrics of the last one while its evaluation is still
+    to come; at the beginning there are none, and only the evaluation is. `in_hand` is an iteration in the middle of
+    its inner epochs.
+    """
 
     config: Config
+    stage: StageDir
     accelerator: Accelerator
     actor: ActorCritic
     model: torch.nn.Module  # the actor as accelerate wraps it: its forward synchronises gradients
@@ -54,8 +56,19 @@ class Learner:
     tokenizer: PreTrainedTokenizerBase
     kl: FixedKl | AdaptiveKl
     moments: RunningMoments
+    health: Health
+    weights: HostWeights
     iteration: int = 0
     best_reward: float = -math.inf
+    unlogged: dict[str, float] | None = field(default_factory=dict)
+    in_hand: InHand | None = None
+    saved_at: Place = (0, False, -1)
+    save_seconds: float = 0.0
+
+    @property
+    def place(self) -> Place:
+        """How far the run is: iterations done, whether the last is logged, minibatches done of one in hand, or -1."""
+        return self.iteration, self.unlogged is None, self.in_hand.done if self.in_hand else -1
 
     @property
     def device(self) -> torch.device:
@@ -79,13 +92,13 @@ class Learner:
         return {key: total / self.accelerator.num_processes for key, total in self.sum_values(values).items()}
 
 
-def build_learner(config: Config, run_dir: Path) -> Learner:
+def build_learner(config: Config, stage: StageDir) -> Learner:
     """A PPO run at its beginning: the SFT policy, its frozen reference and a fresh value function.
 
     Raises PrerequisiteError when SFT or the reward model is missing, ConfigError when a setting does
     not fit the model or the number of processes.
     """
-    ppo, sft, reward = config.ppo, StageDir(run_dir, "sft").final(), StageDir(run_dir, "reward").final()
+    ppo, (sft, reward) = config.ppo, (StageDir(stage.run_dir, name).final() for name in ("sft", "reward"))
     device = prepare_runtime(config.runtime, seed=config.seed)
     frozen_dtype = torch_dtype(config.runtime.precision)
     accelerator = Accelerator(
@@ -132,6 +145,7 @@ def build_learner(config: Config, run_dir: Path) -> Learner:
     )
     return Learner(
         config,
+        stage,
         accelerator,
         actor,
         model,
@@ -141,54 +155,6 @@ def build_learner(config: Config, run_dir: Path) -> Learner:
         tokenizer,
         kl_controller(ppo),
         RunningMoments(),
+        Health(stage, tolerate=config.runtime.max_bad_steps),
+        HostWeights(policy),
     )
-
-
-def save_learner(learner: Learner, stage: StageDir, *, final: bool = False, best: bool = False) -> None:
-    """Publish a checkpoint; the other processes wait until it is there."""
-    learner.accelerator.wait_for_everyone()
-    if learner.accelerator.is_main_process:
-        with stage.publish(learner.iteration, final=final, best=best) as directory:
-            learner.actor.policy.save_pretrained(directory)
-            learner.tokenizer.save_pretrained(directory)
-            save_file(learner.actor.value_head.state_dict(), directory / VALUE_FILE)
-            save_file(_optimizer_tensors(learner.optimizer), directory / OPTIMIZER_FILE)
-            (directory / CONFIG_FILE).write_text(learner.config.to_yaml(), encoding="utf-8")
-            state = {
-                "iteration": learner.iteration,
-                "best_reward": learner.best_reward if math.isfinite(learner.best_reward) else None,
-                "kl": learner.kl.state_dict(),
-                "moments": learner.moments.state_dict(),
-                "schedule_steps": learner.schedule.last_epoch,
-            }
-            (directory / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    learner.accelerator.wait_for_everyone()
-
-
-def load_learner(learner: Learner, directory: Path) -> None:
-    """Put a learner where a checkpoint left off."""
-    state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    learner.actor.policy.load_state_dict(load_policy(directory).state_dict())
-    learner.actor.value_head.load_state_dict(load_file(directory / VALUE_FILE))
-    _load_optimizer_tensors(learner.optimizer, load_file(directory / OPTIMIZER_FILE))
-    learner.kl.load_state_dict(state["kl"])
-    learner.moments.load_state_dict(state["moments"])
-    learner.schedule.load_state_dict(learner.schedule.state_dict() | {"last_epoch": state["schedule_steps"]})
-    for group, base in zip(learner.optimizer.param_groups, learner.schedule.base_lrs, strict=True):
-        group["lr"] = base * learner.schedule.lr_lambdas[0](state["schedule_steps"])
-    learner.iteration = state["iteration"]
-    learner.best_reward = -math.inf if state["best_reward"] is None else state["best_reward"]
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments, by parameter number and name."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": tensor for number, entry in state.items() for name, tensor in entry.items()}
-
-
-def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

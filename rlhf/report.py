@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rlhf.checkpoint import StageDir, write_text_atomically
+from rlhf.checkpoint import StageDir
 from rlhf.figures import (
     TRAININGS,
     Figure,
@@ -28,6 +28,7 @@ from rlhf.figures import (
 )
 from rlhf.findings import details, headline, subtitle, table, table_note, tiles
 from rlhf.pipeline import saved_config
+from rlhf.storage import write_text_atomically
 from rlhf.telemetry import read_metrics
 
 ORDERS = (
@@ -42,20 +43,23 @@ ORDERS = (
 )
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `<run>/report/index.html` from whatever the run has; returns its path."""
+def write_report(run_dir: Path, *, evaluation: Path | None = None) -> Path:
+    """Write `<run>/report/index.html` from whatever the run has; returns its path.
+
+    evaluation is a directory with the evaluation's files, where it is not `evaluate/final` yet.
+    """
     path = run_dir / "report" / "index.html"
-    write_text_atomically(path, render_report(run_dir))
+    write_text_atomically(path, render_report(run_dir, evaluation=evaluation))
     return path
 
 
-def render_report(run_dir: Path) -> str:
-    """The report's HTML."""
+def render_report(run_dir: Path, *, evaluation: Path | None = None) -> str:
+    """The report's HTML; `evaluation` as in `write_report`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    evaluation = StageDir(run_dir, "evaluate")
+    stage = StageDir(run_dir, "evaluate")
+    folder = evaluation or (stage.final() if stage.is_final() else None)
     results, samples = None, []
-    if evaluation.is_final():
-        folder = evaluation.final()
+    if folder is not None:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         samples = [_sample(index, row) for index, row in enumerate(_json_lines(folder / "samples.jsonl"))]
     sections = _figure_sections(run_dir, results, samples)

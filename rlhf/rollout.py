@@ -64,13 +64,17 @@ class Collector:
 
     def collect(self, rows: Sequence[EnvironmentRow], *, stream: torch.Generator, watch: Stopwatch) -> list[Rollout]:
         """Sample a summary for each prompt and evaluate it under policy, reference, value and reward model."""
+        if not rows:
+            return []
         prompts = [row.prompt_ids for row in rows]
         with watch("rollout"), self.autocast():
             generation = self.engine.generate(prompts, self.sampling, generator=stream)
         lengths_B = generation.response_mask_BR.sum(dim=1).tolist()
         responses = [ids_R[:length] for ids_R, length in zip(generation.response_BR, lengths_B, strict=True)]
         with watch("score"):
-            scores_B = self.scorer.score([p + r.tolist() for p, r in zip(prompts, responses, strict=True)])
+            # Whoever trains on it looks at whether a score is finite, and says which post's is not.
+            sequences = [p + r.tolist() for p, r in zip(prompts, responses, strict=True)]
+            scores_B = self.scorer.score(sequences, allow_nonfinite=True)
         with watch("experience"), self.autocast(), torch.no_grad():
             batch = join(prompts, responses, pad_id=self.pad_id, device=generation.response_BR.device)
             trunk_BTH = self.actor.trunk_states(batch.ids_BT, batch.mask_BT)

@@ -1,15 +1,13 @@
-"""The machine: seeds, device, precision, threads, and stopping on request."""
+"""The machine: seeds, device, precision, threads, and the processes that share a stage."""
 
 from __future__ import annotations
 
 import logging
 import os
 import random
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +21,8 @@ from rlhf.processes import is_first_process, process_count
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ACCELERATE_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 WAIT_AT_MOST = timedelta(minutes=30)
 """Longer than the slowest thing that one process does while the others wait: saving to a slow volume."""
@@ -99,12 +99,23 @@ def all_processes(config: RuntimeConfig) -> Iterator[None]:
 
 
 def from_first(find: Callable[[], T]) -> T:
-    """What the first process finds, on all: nodes may not see the same of a shared volume just then."""
+    """What the first process finds, on all: nodes may not see the same of a shared volume just then.
+
+    What it raises is raised on all.
+    """
     if not torch.distributed.is_initialized():
         return find()
-    found = [find() if is_first_process() else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]  # type: ignore[return-value]
+    told: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_first_process():
+        try:
+            told = [(find(), None)]
+        except Exception as error:
+            told = [(None, error)]
+    torch.distributed.broadcast_object_list(told, src=0)
+    found, failure = told[0]
+    if failure is not None:
+        raise failure
+    return found  # type: ignore[return-value]
 
 
 def agreed(flag: bool) -> bool:
@@ -121,25 +132,3 @@ def wait_for_all() -> None:
     """Wait until every process is here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-class StopSignal:
-    """Remembers SIGTERM or SIGINT so that a loop can finish its step, save and leave."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def install(self) -> None:
-        """Listen; a second signal changes nothing."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            logger.info("%s received: finishing the step and saving", signal.Signals(number).name)
-        self.requested = True
-
-    def check(self) -> None:
-        """Raise StopRequested when a signal has come; for places where nothing needs saving."""
-        if self.requested:
-            raise StopRequested("stopped on request; run the same command again to continue")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import StageDir
+from rlhf.data import is_number
 from rlhf.errors import PrerequisiteError
 from rlhf.pipeline import STAGE_NAMES
 
@@ -65,8 +66,13 @@ def duration(seconds: float) -> str:
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
+    """A stage's progress.json; nothing where it is missing, torn or not ours."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        texts = [state["stage"], state["unit"]]
+        numbers = [state["done"], state["total"], state["updated"]]
+        numbers += [] if state["seconds_left"] is None else [state["seconds_left"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return state if isinstance(state, dict) else {}
+    ours = all(isinstance(text, str) and text.isprintable() for text in texts) and all(map(is_number, numbers))
+    return state if ours else {}

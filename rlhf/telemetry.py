@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from rlhf.checkpoint import write_text_atomically
+from rlhf.checkpoint import StageDir
+from rlhf.storage import storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -88,16 +92,15 @@ class Metrics:
     continued run has neither gaps nor doubles. Disabled, as on all but the main process, it does nothing.
     """
 
-    def __init__(self, directory: Path, *, tensorboard: bool, start_step: int = 0, enabled: bool = True) -> None:
+    def __init__(self, stage: StageDir, *, tensorboard: bool, start_step: int = 0, enabled: bool = True) -> None:
         self._file, self._writer = None, None
         if not enabled:
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / "metrics.jsonl"
+        self._path = stage.path / "metrics.jsonl"
         kept = [row for row in read_metrics(self._path) if row["step"] < start_step]
-        write_text_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        self._writer = _summary_writer(directory / "tensorboard", start_step) if tensorboard else None
+        self._file = stage.rewrite(self._path.name, "".join(json.dumps(row) + "\n" for row in kept))
+        with storage_errors(stage.path):
+            self._writer = _summary_writer(stage.path / "tensorboard", start_step) if tensorboard else None
 
     def __enter__(self) -> Metrics:
         return self
@@ -108,35 +111,57 @@ class Metrics:
         self.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one line; keys read `area/name`. A value that is not finite is written as null."""
+        """Write one line; keys read `area/name`. A value that is not finite is written as null.
+
+        Raises StorageError when the volume refuses.
+        """
         if self._file is None:
             return
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         row |= {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
+        with storage_errors(self._path.parent):
+            append(self._file, json.dumps(row) + "\n")
+            if self._writer is not None:
+                for key, value in values.items():
+                    self._writer.add_scalar(key, value, step)
+
+    def sync(self) -> None:
+        """Have every line on the disk before this returns."""
+        if self._file is not None:
+            with storage_errors(self._path.parent):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush and close."""
+        """Close; TensorBoard's part is for show, so its last lines may fail to reach a volume that refuses them."""
         if self._file is not None:
             self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                logger.warning("TensorBoard's last events were not written: %s", error)
+
+
+def append(file: FileIO, text: str) -> None:
+    """Write all of it; a volume that takes a part only, as a full one does, is an OSError."""
+    data = text.encode()
+    written = file.write(data)
+    if written != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no file. A torn last line is passed over."""
+    """The lines of a metrics.jsonl; none where there is no file. What is torn or no line of ours is passed over."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -160,11 +185,8 @@ class Progress:
     Disabled, as on all but the main process, it shows and writes nothing.
     """
 
-    def __init__(
-        self, directory: Path, stage: str, total: int, unit: str, *, done: int = 0, enabled: bool = True
-    ) -> None:
+    def __init__(self, stage: StageDir, total: int, unit: str, *, done: int = 0, enabled: bool = True) -> None:
         self._enabled = enabled
-        self._path = directory / "progress.json"
         self._stage, self._total, self._unit = stage, total, unit
         self._first, self._done, self._started = done, done, time.monotonic()
         self._written = self._logged = -math.inf
@@ -173,7 +195,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             initial=done,
-            desc=stage,
+            desc=stage.stage,
             unit=f" {unit}",
             disable=not self._bar_shown,
             dynamic_ncols=True,
@@ -212,7 +234,7 @@ class Progress:
             return
         self._written = time.monotonic()
         state = self._state() | {"updated": round(time.time(), 1), "shown": self._shown}
-        write_text_atomically(self._path, json.dumps(state))
+        self._stage.write_text("progress.json", json.dumps(state))
 
     def _log(self) -> None:
         """The line that `cluster-status` reads from a pod's log."""
@@ -227,7 +249,7 @@ class Progress:
         made, elapsed = self._done - self._first, time.monotonic() - self._started
         left = elapsed / made * (self._total - self._done) if made else None
         return {
-            "stage": self._stage,
+            "stage": self._stage.stage,
             "done": self._done,
             "total": self._total,
             "unit": self._unit,

@@ -100,7 +100,7 @@ def test_settings_of_a_begun_stage_cannot_change(tmp_path: Path, capsys) -> None
     line = fails_with(
         78, capsys, "reward", "--runs-dir", str(tmp_path), "--run", "mine", "--config", "demo", "--set", "sft.epochs=3"
     )
-    assert "sft.epochs was 2.0 for sft of run 'mine' and is 3.0 now; use another --run, or move" in line
+    assert "stage sft of run 'mine' began with other settings: sft.epochs was 2.0 and is 3.0 now; go back" in line
     # What later stages read may still change, and so may how the machine is used.
     check_settings(load_config("demo", ["sft.epochs=2", "ppo.gamma=0.5", "runtime.threads=1"]), run_dir)
 

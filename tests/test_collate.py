@@ -9,16 +9,19 @@ from rlhf.collate import (
     ExampleCollator,
     LengthGroupedSampler,
     PairCollator,
+    pair_id,
     token_ids,
 )
 from rlhf.config import OptimizerConfig
+from rlhf.data import Comparison
+from rlhf.prompt import Post
 from rlhf.schedule import learning_rate_factor
 
 PAD, EOS = 0, 9
 
 
 def example(prompt, response):
-    return EncodedExample(prompt=token_ids(prompt), response=token_ids(response))
+    return EncodedExample("post", prompt=token_ids(prompt), response=token_ids(response))
 
 
 def test_labels_cover_summary_and_eos_only():
@@ -43,13 +46,21 @@ def test_loss_on_all_counts_the_prompt_but_no_padding():
 
 def test_pairs_are_stacked_chosen_first():
     pairs = [
-        EncodedPair(prompt=token_ids([1]), chosen=token_ids([2, EOS]), rejected=token_ids([3, 3, EOS])),
-        EncodedPair(prompt=token_ids([4]), chosen=token_ids([5, EOS]), rejected=token_ids([6, EOS])),
+        EncodedPair("pair", prompt=token_ids([1]), chosen=token_ids([2, EOS]), rejected=token_ids([3, 3, EOS])),
+        EncodedPair("pair", prompt=token_ids([4]), chosen=token_ids([5, EOS]), rejected=token_ids([6, EOS])),
     ]
     batch = PairCollator(pad_id=PAD)(pairs)
     assert batch["input_ids"].tolist() == [[1, 2, EOS, PAD], [4, 5, EOS, PAD], [1, 3, 3, EOS], [4, 6, EOS, PAD]]
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 3, 4, 3]
     assert pairs[0].length == 4
+
+
+def test_two_pairs_of_a_post_have_ids_of_their_own():
+    post = Post(subreddit="pets", title="a", body="b")
+    ids = [pair_id(Comparison(post, *texts, "judge")) for texts in (("good", "bad"), ("bad", "good"), ("goo", "dbad"))]
+    assert len(set(ids)) == 3
+    assert {one.partition("-")[0] for one in ids} == {post.id}
+    assert ids[0] == pair_id(Comparison(post, "good", "bad", "judge"))
 
 
 def test_a_batch_holds_similar_lengths_and_an_epoch_everything_once():

@@ -101,6 +101,35 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load_config(str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: 2020-99-99", "is not valid YAML: month must be in 1..12"),
+        (b"seed: \xff\xfe", "is not valid YAML"),
+        (b"[" * 10_000, "is not valid YAML: nested too deeply"),
+        (b"seed: " + b"1" * 5000, "is not valid YAML: Exceeds the limit"),
+        (b"extends: [demo]", r"extends=\['demo'\] is no name"),
+        (b"model: {base: 0x" + b"f" * 5000 + b"}", "model.base=a huge number: "),
+        (b"seed: " + b"x" * 5000, "seed='xxx"),
+        (b"? [1, 2]\n: 3", "is not valid YAML|unknown key"),
+        (b'"a\\nb\\a": 1', r"unknown key a b\\x07; "),
+    ],
+)
+def test_a_file_that_was_trouble_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(str(tmp_path / "mine.yaml"))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("source", ["x" * 300 + ".yaml", "a\0.yaml", "\ud800.yaml", "/"])
+def test_a_name_that_no_file_can_have_is_one_line(source: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source)
+    assert str(caught.value).isprintable()
+
+
 def test_a_file_extends_another_and_states_what_differs(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: demo\nppo: {iterations: 3}\n")
     (tmp_path / "mine.yaml").write_text("extends: base.yaml\nppo: {gamma: 0.9}\n")

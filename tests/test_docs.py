@@ -92,3 +92,17 @@ def test_linked_files_are_there() -> None:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", text):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
     assert Path(REPOSITORY / "docs" / "kubernetes.md") in DOCUMENTS
+
+
+def test_every_line_of_operations_is_shown_by_a_test_that_exists() -> None:
+    text = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].startswith("**"):
+            continue
+        named = re.findall(r"`(tests/[\w/.]+)::(\w+)`", cells[3])
+        assert named, line
+        for path, name in named:
+            assert f"def {name}(" in (REPOSITORY / path).read_text(encoding="utf-8"), f"{path}::{name}"
+    assert len(lines) > 30

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from rlhf import passes
 from rlhf.checkpoint import StageDir
 from rlhf.config import Config, TinyModelConfig
 from rlhf.data import write_jsonl
-from rlhf.errors import DataError, PrerequisiteError, StopRequested
+from rlhf.errors import DataError, PrerequisiteError, StopRequested, StorageError
 from rlhf.evaluation import (
     ROWS,
     Measured,
@@ -32,11 +35,13 @@ from rlhf.evaluation import (
 from rlhf.generation import BuiltinEngine, Sampling, summarize
 from rlhf.likelihood import response_logprobs
 from rlhf.models import create_tiny_gptj, load_policy, reward_model_from_policy
+from rlhf.partial import PartialResults
 from rlhf.presets import load_config
 from rlhf.prompt import Post
 from rlhf.results import comparison_table, read_results, results_table
-from rlhf.runtime import StopSignal, generator
+from rlhf.runtime import generator
 from rlhf.stages import evaluate
+from rlhf.stopping import StopSignal
 from tests.tiny_run import byte_tokenizer, examples
 
 RESAMPLING = Resampling(samples=200, seed=1)
@@ -174,6 +179,10 @@ def config(*overrides: str) -> Config:
     return load_config("gptj-6b", [*settings, *overrides])
 
 
+def run(settings: Config, run_dir: Path, stop: StopSignal | None = None) -> None:
+    evaluate.run(settings, StageDir(run_dir, "evaluate"), stop or StopSignal())
+
+
 @pytest.fixture(autouse=True)
 def _gold_by_first_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "gold_score", lambda facts, summary: float(facts[0]))
@@ -181,7 +190,7 @@ def _gold_by_first_fact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stage_writes_results_samples_table_and_report(tmp_path: Path) -> None:
     run_dir = finished_training(tmp_path / "tiny")
-    evaluate.run(config(), run_dir, StopSignal())
+    run(config(), run_dir)
     folder = StageDir(run_dir, "evaluate").final()
     results = json.loads((folder / "results.json").read_text())
     rows = results["rows"]
@@ -219,7 +228,7 @@ def test_stage_writes_results_samples_table_and_report(tmp_path: Path) -> None:
 
 def test_a_policy_that_is_sft_gains_nothing(tmp_path: Path) -> None:
     run_dir = finished_training(tmp_path / "tiny", ppo_seed=1, facts=False)
-    evaluate.run(config(), run_dir, StopSignal())
+    run(config(), run_dir)
     results = read_results(run_dir)
     ppo = results["rows"]["ppo"]
     assert ppo["win_rate_vs_sft"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
@@ -234,7 +243,7 @@ def test_same_seed_same_results(tmp_path: Path) -> None:
     texts = []
     for name in ("one", "two"):
         run_dir = finished_training(tmp_path / name)
-        evaluate.run(sampled, run_dir, StopSignal())
+        run(sampled, run_dir)
         folder = StageDir(run_dir, "evaluate").final()
         texts.append((folder / "results.json").read_text() + (folder / "samples.jsonl").read_text())
     assert texts[0] == texts[1]
@@ -244,22 +253,147 @@ def test_missing_ppo_is_named(tmp_path: Path) -> None:
     run_dir = finished_training(tmp_path / "tiny")
     (run_dir / "ppo" / "final").unlink()
     with pytest.raises(PrerequisiteError, match="rlhf ppo --run tiny"):
-        evaluate.run(config(), run_dir, StopSignal())
+        run(config(), run_dir)
 
 
 def test_a_signal_stops_it_and_nothing_half_done_is_published(tmp_path: Path) -> None:
     run_dir, stop = finished_training(tmp_path / "tiny"), StopSignal()
     stop.requested = True
     with pytest.raises(StopRequested):
-        evaluate.run(config(), run_dir, stop)
+        run(config(), run_dir, stop)
     assert not StageDir(run_dir, "evaluate").is_final()
     assert not (run_dir / "report").exists()
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing catches it."""
+
+
+def files(run_dir: Path) -> dict[str, bytes]:
+    """What an evaluation has published, and its report without the time it was written."""
+    folder = StageDir(run_dir, "evaluate").final()
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    html = (run_dir / "report" / "index.html").read_text(encoding="utf-8")
+    return found | {"report": re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", html).encode()}
+
+
+def interrupt_at_every_chunk(monkeypatch: pytest.MonkeyPatch, how: str) -> StopSignal:
+    """Have every process end after the first chunk that it computes; returns the next process's signal."""
+    stop, add = StopSignal(), PartialResults.add
+
+    def adding(self: PartialResults, key: str, value: Any) -> None:
+        add(self, key, value)
+        if how == "torn line":
+            path = self._path
+            path.write_bytes(path.read_bytes()[:-9])
+        if how == "stop":
+            stop.request()
+        else:
+            raise Killed
+
+    monkeypatch.setattr(PartialResults, "add", adding)
+    return stop
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_ended_after_every_chunk_it_gives_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    sampled = config("evaluate.temperature=1.0", "evaluate.batch_size=6", "evaluate.batch_tokens=600")
+    undisturbed = finished_training(tmp_path / "one" / "tiny")
+    run(sampled, undisturbed)
+    run_dir = finished_training(tmp_path / "two" / "tiny")
+    kept: list[int] = []
+    while not StageDir(run_dir, "evaluate").is_final():
+        with monkeypatch.context() as patched, suppress(Killed, StopRequested):
+            run(sampled, run_dir, interrupt_at_every_chunk(patched, how))
+        partial = run_dir / "evaluate" / evaluate.PARTIAL
+        kept.append(partial.read_bytes().count(b"\n") if partial.exists() else -1)
+    # Each process added one chunk: 5 passes of 2, 4 of scores; the last one had only to count and publish.
+    assert kept == [*range(1, len(kept)), -1]
+    assert len(kept) > 5 * 2 + 4
+    assert files(run_dir) == files(undisturbed)
+
+
+def test_a_line_torn_by_the_kill_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = finished_training(tmp_path / "one" / "tiny")
+    run(config(), undisturbed)
+    run_dir = finished_training(tmp_path / "two" / "tiny")
+    with monkeypatch.context() as patched:
+        stop = interrupt_at_every_chunk(patched, "torn line")
+        with pytest.raises(Killed):
+            run(config(), run_dir, stop)
+    assert not (run_dir / "evaluate" / evaluate.PARTIAL).read_bytes().endswith(b"\n")
+    run(config(), run_dir)
+    assert files(run_dir) == files(undisturbed)
+
+
+def test_a_model_is_loaded_only_when_its_results_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = finished_training(tmp_path / "tiny")
+    loaded: list[str] = []
+    for name in ("load_policy", "load_reward_model"):
+        load = getattr(passes, name)
+
+        def noting(path: Path, *, load: Any = load, **settings: Any) -> PreTrainedModel:
+            loaded.append(path.parent.name)
+            return load(path, **settings)
+
+        monkeypatch.setattr(passes, name, noting)
+    publish = evaluate.publish
+    monkeypatch.setattr(evaluate, "publish", raising(Killed))
+    with pytest.raises(Killed):
+        run(config(), run_dir)
+    assert loaded == ["ppo", "sft", "reward"]
+    monkeypatch.setattr(evaluate, "publish", publish)
+    run(config(), run_dir)
+    assert loaded == ["ppo", "sft", "reward"]
+
+
+def raising(error: type[BaseException]) -> Any:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_what_is_final_has_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = finished_training(tmp_path / "tiny")
+    point = StageDir.point
+
+    def pointing(self: StageDir, name: str, target: str) -> None:
+        if (self.stage, name) == ("evaluate", "final"):
+            html = (run_dir / "report" / "index.html").read_text(encoding="utf-8")
+            assert "11 test posts" in html
+            raise Killed
+        point(self, name, target)
+
+    monkeypatch.setattr(StageDir, "point", pointing)
+    with pytest.raises(Killed):
+        run(config(), run_dir)
+    monkeypatch.setattr(StageDir, "point", point)
+    assert not StageDir(run_dir, "evaluate").is_final()
+    run(config(), run_dir)
+    assert read_results(run_dir)["settings"]["posts"] == 11
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = finished_training(tmp_path / "tiny")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "write_report", raising(StorageError))
+        with pytest.raises(StorageError):
+            run(config(), run_dir)
+    assert not StageDir(run_dir, "evaluate").is_final()
+    (run_dir / "report").mkdir()
+    (run_dir / "report" / ".unfinished-index.html-0").write_text("half")
+    run(config(), run_dir)
+    assert [path.name for path in (run_dir / "report").iterdir()] == ["index.html"]
+    assert not (run_dir / "evaluate" / evaluate.PARTIAL).exists()
 
 
 def test_posts_that_cannot_fit_are_data_errors(tmp_path: Path) -> None:
     run_dir = finished_training(tmp_path / "tiny")
     with pytest.raises(DataError, match=r"none of 11 test posts fits prompt\.max_prompt_tokens=20"):
-        evaluate.run(config("prompt.max_prompt_tokens=20"), run_dir, StopSignal())
+        run(config("prompt.max_prompt_tokens=20"), run_dir)
 
 
 def tiny_policy(run_dir: Path) -> tuple[PreTrainedModel, list[list[int]], int, int]:

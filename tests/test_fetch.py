@@ -29,8 +29,8 @@ from rlhf.config import Config
 from rlhf.data import Comparison, Example, load_comparisons, load_examples
 from rlhf.errors import ConfigError, DataError, PrerequisiteError, RlhfError
 from rlhf.prompt import Post, encode_prompt
-from rlhf.runtime import StopSignal
 from rlhf.stages import fetch
+from rlhf.stopping import StopSignal
 from rlhf.tokenizer import train_tokenizer
 
 BODY = "My neighbour's cat comes by every evening and sings. Nobody in the house can sleep any more."
@@ -73,7 +73,7 @@ def configured(folder: Path, *, base: str = "tiny", data: dict[str, Any] | None 
 
 
 def fetched(config: Config, folder: Path) -> Path:
-    fetch.run(config, folder / "run", StopSignal())
+    fetch.run(config, StageDir(folder / "run", "fetch"), StopSignal())
     return StageDir(folder / "run", "fetch").final()
 
 
@@ -153,7 +153,7 @@ def test_the_tiny_base_fits_its_tokenizer_and_prompts(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     config = configured(tmp_path, data={"max_train_posts": 4})
     first, second = fetched(config, tmp_path), None
-    fetch.run(config, tmp_path / "again", StopSignal())
+    fetch.run(config, StageDir(tmp_path / "again", "fetch"), StopSignal())
     second = StageDir(tmp_path / "again", "fetch").final()
     names = ["base/model.safetensors", "base/tokenizer.json", "data/posts-train.jsonl", "data/summary.json"]
     assert [(first / name).read_bytes() == (second / name).read_bytes() for name in names] == [True] * 4
@@ -252,11 +252,18 @@ def test_new_tokens_get_the_average_row(tmp_path: Path) -> None:
     torch.testing.assert_close(weight[264:], weight[:264].mean(0).expand(weight.shape[0] - 264, -1))
 
 
-def test_a_pickled_base_is_published_as_safetensors(tmp_path: Path) -> None:
+def test_a_pickled_base_is_refused_unless_its_tensors_are_asked_for(tmp_path: Path) -> None:
     model = save_gptj(tmp_path / "base", rows=280)
     (tmp_path / "base/model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "base/pytorch_model.bin")
-    final = fetched(configured(tmp_path, base=str(tmp_path / "base")), tmp_path)
+    line = str(base_error(tmp_path, str(tmp_path / "base")))
+    assert (
+        "pytorch_model.bin is a pickle, which can run code; where it is to be the base model, set model.pickled="
+        in line
+    )
+    config = configured(tmp_path, base=str(tmp_path / "base"))
+    asked = config.model_copy(update={"model": config.model.model_copy(update={"pickled": "convert"})})
+    final = fetched(asked, tmp_path)
     assert not list((final / "base").glob("*.bin"))
     loaded = AutoModelForCausalLM.from_pretrained(final / "base")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
@@ -337,6 +344,36 @@ def test_a_base_on_the_hub_is_brought_without_its_pickles(tmp_path: Path, monkey
     final = fetched(configured(tmp_path, base="someone/gpt-j"), tmp_path)
     assert asked == [("someone/gpt-j", ["*.json", "*.txt", "*.model", "*.safetensors"])]
     assert (final / "base/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("pickled", ["refuse", "convert"])
+def test_a_base_on_the_hub_that_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pickled: str) -> None:
+    import huggingface_hub
+
+    model = save_gptj(tmp_path / "base", rows=280)
+    (tmp_path / "base/model.safetensors").unlink()
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns[-1])
+        if allow_patterns[-1] == "pytorch_model*.bin":
+            torch.save(model.state_dict(), tmp_path / "base/pytorch_model.bin")
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    if pickled == "refuse":
+        line = str(base_error(tmp_path, "someone/gpt-j"))
+        assert line.startswith(
+            "model.base=someone/gpt-j has no safetensors on the Hub, and pickled weights can run code"
+        )
+        assert "set model.pickled=convert" in line
+        assert asked == ["*.safetensors"]
+        return
+    config = configured(tmp_path, base="someone/gpt-j")
+    chosen = config.model_copy(update={"model": config.model.model_copy(update={"pickled": pickled})})
+    final = fetched(chosen, tmp_path)
+    assert asked == ["*.safetensors", "pytorch_model*.bin"]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(final / "base").lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize("name", ["../x", "/abs", "a/b/c", "a b", ""])

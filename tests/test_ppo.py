@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,22 @@ from rlhf.checkpoint import StageDir
 from rlhf.config import Config
 from rlhf.data import load_examples, write_jsonl
 from rlhf.environment import EnvironmentRow, load_environment
-from rlhf.errors import ConfigError, PrerequisiteError, RlhfError, StopRequested
+from rlhf.errors import ConfigError, DivergedError, PrerequisiteError, StopRequested
 from rlhf.models import reward_model_from_policy
+from rlhf.ppo_evaluation import is_best
 from rlhf.ppo_setup import build_learner
+from rlhf.ppo_state import load_learner
 from rlhf.prompt import encode_prompt
-from rlhf.rollout import minibatch
-from rlhf.runtime import StopSignal, generator
+from rlhf.rollout import Collector, Rollout, minibatch
+from rlhf.runtime import generator
+from rlhf.saver import Saver
 from rlhf.stages import ppo
+from rlhf.stopping import StopSignal
 from rlhf.telemetry import Stopwatch, read_metrics
 from rlhf.tokenizer import load_tokenizer
 from tests.tiny_run import fetched_run, tiny_config
+
+RUNTIME = {"device": "cpu", "tensorboard": False, "max_bad_steps": 2}
 
 
 @pytest.fixture
@@ -75,7 +83,7 @@ def config(**ppo_settings: Any) -> Config:
 
 
 def train(run_dir: Path, settings: Config, stop: StopSignal | None = None) -> dict[str, torch.Tensor]:
-    ppo.run(settings, run_dir, stop or StopSignal())
+    ppo.run(settings, StageDir(run_dir, "ppo"), stop or StopSignal())
     return load_file(StageDir(run_dir, "ppo").final() / "model.safetensors")
 
 
@@ -90,7 +98,7 @@ def test_before_the_first_step_kl_is_0_and_the_ratio_1(
     run_dir: Path, unfrozen_layers: Any, value_network: str, temperature: float
 ) -> None:
     settings = config(unfrozen_layers=unfrozen_layers, value_network=value_network, temperature=temperature)
-    learner = build_learner(settings, run_dir)
+    learner = build_learner(settings, StageDir(run_dir, "ppo"))
     rows = load_environment(run_dir / "prepare" / "final", "train")[:6]
     rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
     for rollout in rollouts:
@@ -120,39 +128,73 @@ def test_the_same_seed_gives_the_same_bits(run_dir: Path, tmp_path: Path) -> Non
     assert not same(first, train(run_dir, other))
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(run_dir: Path, tmp_path: Path) -> None:
-    settings = config(scale_score="running")
-    undisturbed = train(run_dir, settings)
-    metrics = read_metrics(run_dir / "ppo" / "metrics.jsonl")
+class AfterQuestions(StopSignal):
+    """Asks to stop after having been asked so often."""
+
+    def __init__(self, questions: int) -> None:
+        super().__init__()
+        self.left = questions
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        self.left -= 1
+        return self.left < 0
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        pass
+
+
+def metrics_but_times(run_dir: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(run_dir / "ppo" / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if "time" not in key and "second" not in key} for row in rows]
+
+
+@pytest.mark.parametrize("scale_score", ["running", "none"])
+def test_a_run_stopped_at_every_point_ends_with_the_same_bits(run_dir: Path, tmp_path: Path, scale_score: str) -> None:
+    """In rollouts, between minibatches of the inner epochs, in evaluations: each life does one more piece of work."""
+    settings = config(scale_score=scale_score, iterations=2, save_every_iterations=5)
+    undisturbed, metrics = train(run_dir, settings), metrics_but_times(run_dir)
+    samples = {path.name: path.read_bytes() for path in (run_dir / "ppo" / "samples").iterdir()}
     StageDir(run_dir, "ppo").path.rename(tmp_path / "undisturbed")
+    lives = 0
+    while not StageDir(run_dir, "ppo").is_final():
+        # Two chunks of rollouts begin again when they are stopped, so a life has to do one piece more.
+        with suppress(StopRequested):
+            train(run_dir, settings, AfterQuestions(3))
+        lives += 1
+        assert lives < 30
+    assert lives > 4
+    assert same(undisturbed, load_file(StageDir(run_dir, "ppo").final() / "model.safetensors"))
+    assert metrics_but_times(run_dir) == metrics
+    assert {path.name: path.read_bytes() for path in (run_dir / "ppo" / "samples").iterdir()} == samples
 
-    class AfterQuestions(StopSignal):
-        """Asks to stop after having been asked so often."""
 
-        def __init__(self, questions: int) -> None:
-            self.left = questions
-
-        @property
-        def requested(self) -> bool:  # type: ignore[override]
-            self.left -= 1
-            return self.left < 0
-
-    for questions in (3, 0, 1):
-        with pytest.raises(StopRequested, match="run the same command again"):
+def test_a_stop_that_finds_nothing_new_saves_nothing(run_dir: Path) -> None:
+    settings = config()
+    for questions in (0, 1, 0, 1):  # in the first evaluation, then in the first rollouts
+        with pytest.raises(StopRequested):
             train(run_dir, settings, AfterQuestions(questions))
-    assert same(undisturbed, train(run_dir, settings))
-    again = read_metrics(run_dir / "ppo" / "metrics.jsonl")
-    assert [row["step"] for row in again] == [0, 1, 2, 3]
-    for before, after in zip(metrics, again, strict=True):
-        timed = {key for key in before if "time" in key or "second" in key}
-        assert {key for key in before if key not in timed and before[key] != after[key]} == set()
+    assert [directory.name for _, directory in StageDir(run_dir, "ppo").steps()] == ["step-00000000"]
+
+
+def test_rollouts_in_hand_need_as_many_processes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config()
+    with pytest.raises(StopRequested):
+        train(run_dir, settings, AfterQuestions(5))  # an evaluation, two chunks of rollouts, two minibatches
+    _, directory = StageDir(run_dir, "ppo").latest() or (0, run_dir)
+    assert (directory / "rollouts-00000.safetensors").is_file()
+    learner = build_learner(settings, StageDir(run_dir, "ppo"))
+    monkeypatch.setattr(type(learner.accelerator), "num_processes", 2)
+    with pytest.raises(ConfigError, match="saved in the middle of an iteration by 1 process"):
+        load_learner(learner, directory, load_environment(run_dir / "prepare" / "final", "train"))
 
 
 def test_micro_batches_give_the_minibatchs_gradient(run_dir: Path) -> None:
     """Rows of unlike length: a mean of micro-batch means would differ."""
     norms = []
     for micro in (4, 1):
-        learner = build_learner(config(micro_batch_size=micro), run_dir)
+        learner = build_learner(config(micro_batch_size=micro), StageDir(run_dir, "ppo"))
         rows = load_environment(run_dir / "prepare" / "final", "train")[:4]
         rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
         cut = [_cut(rollout, 3 + 5 * number) for number, rollout in enumerate(rollouts)]
@@ -163,8 +205,6 @@ def test_micro_batches_give_the_minibatchs_gradient(run_dir: Path) -> None:
 
 
 def _cut(rollout: ppo.Rollout, length: int) -> ppo.Rollout:
-    from dataclasses import replace
-
     return replace(
         rollout,
         response_R=rollout.response_R[:length],
@@ -189,9 +229,7 @@ def _cut(rollout: ppo.Rollout, length: int) -> ppo.Rollout:
     ],
 )
 def test_rewards_of_sequences(run_dir: Path, settings: dict[str, Any], expected: list[float]) -> None:
-    from dataclasses import replace
-
-    learner = build_learner(config(**settings), run_dir)
+    learner = build_learner(config(**settings), StageDir(run_dir, "ppo"))
     rows = load_environment(run_dir / "prepare" / "final", "train")[:2]
     rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
     made = [replace(rollouts[0], score=3.0, ended=True), replace(rollouts[1], score=-1.0, ended=False)]
@@ -199,7 +237,7 @@ def test_rewards_of_sequences(run_dir: Path, settings: dict[str, Any], expected:
 
 
 def test_prompts_come_in_epochs_without_repetition(run_dir: Path) -> None:
-    learner = build_learner(config(), run_dir)
+    learner = build_learner(config(), StageDir(run_dir, "ppo"))
     rows = [EnvironmentRow(str(number), [1] * (1 + number % 5), 0.0, 0) for number in range(20)]
     drawn: list[str] = []
     for learner.iteration in range(5):
@@ -209,7 +247,7 @@ def test_prompts_come_in_epochs_without_repetition(run_dir: Path) -> None:
 
 
 def test_a_minibatch_pads_trunk_states_as_it_pads_ids(run_dir: Path) -> None:
-    learner = build_learner(config(), run_dir)
+    learner = build_learner(config(), StageDir(run_dir, "ppo"))
     rows = sorted(load_environment(run_dir / "prepare" / "final", "train"), key=lambda row: len(row.prompt_ids))
     rollouts = learner.collector.collect([rows[0], rows[-1]], stream=generator(1), watch=Stopwatch())
     batch, trunk_BTH = minibatch(rollouts, pad_id=learner.collector.pad_id)
@@ -224,9 +262,9 @@ def test_inner_epochs_end_when_the_policy_moves_too_far(run_dir: Path, caplog: p
 
 
 def test_best_is_the_highest_reward_within_the_kl_budget(run_dir: Path) -> None:
-    learner = build_learner(config(kl_budget=5.0), run_dir)
+    learner = build_learner(config(kl_budget=5.0), StageDir(run_dir, "ppo"))
     evaluations = [(1.0, 2.0), (3.0, 6.0), (0.5, 1.0), (2.0, 4.0)]
-    found = [ppo.is_best(learner, {"ppo/eval_reward": reward, "ppo/eval_kl": kl}) for reward, kl in evaluations]
+    found = [is_best(learner, {"ppo/eval_reward": reward, "ppo/eval_kl": kl}) for reward, kl in evaluations]
     assert found == [True, False, False, True]
 
 
@@ -242,14 +280,80 @@ def test_a_table_of_samples_is_written(run_dir: Path) -> None:
     assert rows[0]["prompt"].startswith("SUBREDDIT: r/pets\nTITLE: ")
 
 
-def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint(run_dir: Path, monkeypatch) -> None:
-    learner = build_learner(config(), run_dir)
+def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: set[int], what: str) -> None:
+    """Make the rollouts of some iterations carry a number that is not finite, or a KL beyond all bounds."""
+    collect = Collector.collect
+    calls = {"n": 0}
+
+    def wrong(self: Collector, rows: Any, *, stream: torch.Generator, watch: Stopwatch) -> list[Rollout]:
+        rollouts = collect(self, rows, stream=stream, watch=watch)
+        if "rollout" not in watch.seconds or stream is None or len(rollouts) != 4:
+            return rollouts
+        calls["n"] += 1
+        # The first evaluation is call 1; then two calls an iteration, and an evaluation after every second.
+        iteration = {2: 1, 3: 1, 4: 2, 5: 2, 7: 3, 8: 3}.get(calls["n"], 0)
+        if iteration not in iterations:
+            return rollouts
+        if what == "score":
+            return [replace(rollouts[0], score=float("nan")), *rollouts[1:]]
+        return [replace(rollout, reference_logprobs_R=rollout.logprobs_R - 50.0) for rollout in rollouts]
+
+    monkeypatch.setattr(Collector, "collect", wrong)
+
+
+@pytest.mark.parametrize(("what", "reason"), [("score", "is not finite"), ("kl", "over ppo.max_kl")])
+def test_rollouts_that_are_wrong_teach_nothing(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, what: str, reason: str
+) -> None:
+    poisoned(monkeypatch, {1}, what)
+    before = load_file(run_dir / "sft" / "final" / "model.safetensors")
+    after = train(run_dir, config(iterations=1))
+    assert same(before, after)
+    (line,) = read_metrics(run_dir / "ppo" / "bad-batches.jsonl")
+    assert line["step"] == 1
+    assert reason in line["reason"]
+    known = {row.id for row in load_environment(run_dir / "prepare" / "final", "train")}
+    assert len(line["ids"]) >= 1
+    assert set(line["ids"]) <= known
+    assert [row.get("ppo/skipped") for row in read_metrics(run_dir / "ppo" / "metrics.jsonl")] == [None, 1.0]
+
+
+def test_wrong_rollouts_in_a_row_end_the_run_before_a_checkpoint(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, {2, 3}, "score")
+    settings = Config.model_validate(config(eval_every_iterations=5).model_dump() | {"runtime": RUNTIME})
+    with pytest.raises(DivergedError, match=r"2 steps of ppo in a row.*step-00000001.*learning_rate"):
+        train(run_dir, settings)
+    assert [step for step, _ in StageDir(run_dir, "ppo").steps()] == [1]
+    assert [row["step"] for row in read_metrics(run_dir / "ppo" / "bad-batches.jsonl")] == [2, 3]
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(run_dir: Path) -> None:
+    learner = build_learner(config(), StageDir(run_dir, "ppo"))
     rows = load_environment(run_dir / "prepare" / "final", "train")[:4]
     rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
     experience, _ = ppo.learn_from(learner, rollouts)
     experience.advantages_BR[0, 0] = float("inf")
-    with pytest.raises(RlhfError, match="gradient of PPO iteration 0 is not finite"):
-        ppo.optimise_minibatch(learner, experience, torch.arange(4))
+    before = learner.weights.copy()
+    assert ppo.optimise_minibatch(learner, experience, torch.arange(4)) is None
+    assert same(before, learner.weights.copy())
+    (line,) = read_metrics(run_dir / "ppo" / "bad-batches.jsonl")
+    assert line == {"step": 1, "reason": "the gradient is not finite", "ids": [row.id for row in rows]}
+    assert not learner.health.is_well
+    experience.advantages_BR[0, 0] = 0.0
+    assert ppo.optimise_minibatch(learner, experience, torch.arange(4)) is not None
+    assert learner.health.is_well
+
+
+def test_weights_that_are_not_finite_are_never_published(run_dir: Path, tmp_path: Path) -> None:
+    stage = StageDir(run_dir, "ppo")
+    learner = build_learner(config(), stage)
+    with torch.no_grad():
+        next(iter(learner.actor.trainable_parameters())).fill_(float("nan"))
+    with pytest.raises(DivergedError, match="is not finite, so nothing is saved"), Saver(stage, keep=2) as saver:
+        ppo.save(learner, saver, final=True)
+    assert stage.steps() == []
 
 
 @pytest.mark.parametrize("missing", ["sft", "reward", "prepare"])

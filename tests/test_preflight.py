@@ -15,7 +15,8 @@ import pytest
 from rlhf.__main__ import main
 from rlhf.checkpoint import StageDir
 from rlhf.gpus import Gpus
-from rlhf.pipeline import STAGES
+from rlhf.pipeline import STAGE_NAMES, STAGES
+from rlhf.presets import load_config
 from tests.conftest import REPOSITORY
 
 Run = tuple[Path, pytest.CaptureFixture[str]]
@@ -81,13 +82,13 @@ def test_what_each_stage_reads_is_what_its_program_opens() -> None:
         names = [f"stages/{stage.name}.py"] + (["ppo_setup.py"] if stage.name == "ppo" else [])
         opened: set[str] = set()
         for name in names:
-            source = (REPOSITORY / "rlhf" / name).read_text()
-            for call in ast.walk(ast.parse(source)):
-                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "StageDir":
-                    argument = call.args[1]
-                    opened |= {argument.value} if isinstance(argument, ast.Constant) else set()
-            if 'for name in ("sft", "reward", "ppo")' in source:
-                opened |= {"sft", "reward", "ppo"}
+            for node in ast.walk(ast.parse((REPOSITORY / "rlhf" / name).read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "StageDir":
+                    opened |= {node.args[1].value} if isinstance(node.args[1], ast.Constant) else set()
+                if isinstance(node, ast.comprehension) and isinstance(node.iter, ast.Tuple):
+                    opened |= {item.value for item in node.iter.elts if isinstance(item, ast.Constant)} & set(
+                        STAGE_NAMES
+                    )
         assert opened - {stage.name} == set(stage.reads), stage.name
 
 
@@ -99,16 +100,17 @@ def test_damage_is_found_by_size_without_reading(run: Run) -> None:
     weights.write_text("cut")
     code, _, line = check(run, "sft")
     assert code == 66
-    assert "weights has 3 bytes instead of 7; move" in line
+    assert "weights has 3 bytes instead of 7; run `python -m rlhf verify first --repair`" in line
 
 
 def test_wrong_settings(run: Run) -> None:
     assert check(run, "sft", "--set", "sft.epoch=1")[0] == 78
     finish(run[0], "fetch")
-    (run[0] / "first" / "fetch" / "config.yaml").write_text("{seed: 2}")
-    code, _, line = check(run, "sft")
+    settings = load_config("demo", ["seed=2"]).to_yaml()
+    (run[0] / "first" / "fetch" / "config.yaml").write_text(settings)
+    code, _, line = check(run, "sft", "--config", "demo")
     assert code == 78
-    assert "seed was 2 for fetch of run 'first' and is 1 now" in line
+    assert "stage fetch of run 'first' began with other settings: seed was 2 and is 1 now; go back" in line
 
 
 def test_batches_that_do_not_divide_among_all_processes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

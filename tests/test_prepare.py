@@ -16,10 +16,11 @@ from rlhf.config import Config
 from rlhf.data import Example, load_examples, write_jsonl
 from rlhf.environment import EnvironmentRow, load_environment, write_environment
 from rlhf.errors import ConfigError, DataError, PrerequisiteError, StopRequested
+from rlhf.partial import PartialResults
 from rlhf.prompt import Post, encode_prompt, encode_response
-from rlhf.runtime import StopSignal
 from rlhf.scoring import Scorer
 from rlhf.stages import prepare
+from rlhf.stopping import StopSignal
 from tests.fakes import PAD_ID, rewarded_run, tiny_reward_model
 from tests.tiny_run import byte_tokenizer, tiny_config
 
@@ -48,6 +49,10 @@ def settings(**prompt: int) -> Config:
     return Config.model_validate(tree | {"prompt": tree["prompt"] | prompt, "prepare": {"batch_tokens": 512}})
 
 
+def run(config: Config, run_dir: Path, stop: StopSignal | None = None) -> None:
+    prepare.run(config, StageDir(run_dir, "prepare"), stop or StopSignal())
+
+
 def posts(run_dir: Path, split: str) -> list[Example]:
     return load_examples(StageDir(run_dir, "fetch").final() / "data", split)
 
@@ -72,13 +77,24 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return tree
 
 
-def set_aside(run_dir: Path) -> None:
-    """Forget what prepare has published, but not its scores."""
-    (run_dir / "prepare" / "final").unlink()
+class Killed(BaseException):
+    """As SIGKILL: nothing catches it."""
+
+
+def killed_before_publishing(config: Config, run_dir: Path) -> None:
+    """Leave a run whose scores are all there, and nothing published."""
+    with pytest.MonkeyPatch.context() as patched:
+
+        def publish(*args: Any) -> None:
+            raise Killed
+
+        patched.setattr(prepare, "publish", publish)
+        with pytest.raises(Killed):
+            run(config, run_dir)
 
 
 def test_rows_hold_the_prompt_and_its_references_score(run_dir: Path) -> None:
-    prepare.run(settings(), run_dir, StopSignal())
+    run(settings(), run_dir)
     tokenizer, scorer = byte_tokenizer(), Scorer(tiny_reward_model(), pad_id=PAD_ID, batch_tokens=512)
     for split in ("train", "valid"):
         examples, rows = posts(run_dir, split), environment(run_dir, split)
@@ -94,7 +110,7 @@ def test_summary_counts_what_was_cut(run_dir: Path) -> None:
     # One token a byte: "SUBREDDIT: r/pets\nTITLE: my cat\nPOST: I lost my cat\nTL;DR:" has 58 of them, so that
     # 60 hold the posts of "today" 0 times and a thing of up to four letters: numbers 0, 5, 10, 15, 20, 25.
     # " lost boss" with EOS has 11; longer are house and phone, numbers 3, 6, 11, 14, 19, 22.
-    prepare.run(settings(max_prompt_tokens=60, max_response_tokens=11), run_dir, StopSignal())
+    run(settings(max_prompt_tokens=60, max_response_tokens=11), run_dir)
     train, rows = summary(run_dir)["train"], environment(run_dir)
     assert (train["posts"], train["prompts"], train["cut_prompts"], train["cut_references"]) == (26, 26, 20, 6)
     assert [number for number, row in enumerate(rows) if row.cut_tokens == 0] == [0, 5, 10, 15, 20, 25]
@@ -106,7 +122,7 @@ def test_summary_counts_what_was_cut(run_dir: Path) -> None:
 def test_a_post_that_comes_twice_counts_once(run_dir: Path) -> None:
     examples = posts(run_dir, "train")[:4]
     put_posts(run_dir, "train", [*examples, replace(examples[1], summary="another reference")])
-    prepare.run(settings(), run_dir, StopSignal())
+    run(settings(), run_dir)
     assert [row.id for row in environment(run_dir)] == [example.post.id for example in examples]
     assert summary(run_dir)["train"]["duplicates"] == 1
 
@@ -127,7 +143,7 @@ def test_references_that_cannot_be_scored_are_reported(
         return score(self, sequences, **options).masked_fill(found, math.nan)
 
     monkeypatch.setattr(Scorer, "score", broken)
-    prepare.run(settings(), run_dir, StopSignal())
+    run(settings(), run_dir)
     assert [row.id for row in environment(run_dir)] == [good.post.id]
     left_out = {entry["id"]: entry["reason"] for entry in summary(run_dir)["train"]["left_out"]}
     assert left_out == {
@@ -139,24 +155,33 @@ def test_references_that_cannot_be_scored_are_reported(
     assert all(any(post_id in line for line in warnings) for post_id in left_out)
     assert not any("zzz" in line or "title" in line for line in warnings)
 
-    # The scores that were kept know which was not finite: nothing is scored again.
+
+def test_scores_that_were_kept_know_which_is_not_finite(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = posts(run_dir, "train")[3].post.id
+
+    def broken(self: Scorer, sequences: list[list[int]], **options: Any) -> torch.Tensor:
+        first = encode_prompt(byte_tokenizer(), posts(run_dir, "train")[3].post, max_tokens=96).ids
+        return torch.tensor([math.nan if tuple(ids[: len(first)]) == tuple(first) else 1.0 for ids in sequences])
+
+    monkeypatch.setattr(Scorer, "score", broken)
+    killed_before_publishing(settings(), run_dir)
     monkeypatch.setattr(Scorer, "score", None)
-    set_aside(run_dir)
-    prepare.run(settings(), run_dir, StopSignal())
-    assert [row.id for row in environment(run_dir)] == [good.post.id]
+    run(settings(), run_dir)
+    assert lost not in [row.id for row in environment(run_dir)]
+    assert len(environment(run_dir)) == 25
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_no_usable_post_is_bad_data(run_dir: Path, split: str) -> None:
     put_posts(run_dir, split, [replace(example, summary="") for example in posts(run_dir, split)])
     with pytest.raises(DataError, match=f"no post of the {split} split can be used .* reference summary is empty"):
-        prepare.run(settings(), run_dir, StopSignal())
+        run(settings(), run_dir)
     assert not StageDir(run_dir, "prepare").is_final()
 
 
 def test_a_run_without_validation_posts_has_an_empty_environment_for_them(run_dir: Path) -> None:
     put_posts(run_dir, "valid", [])
-    prepare.run(settings(), run_dir, StopSignal())
+    run(settings(), run_dir)
     assert environment(run_dir, "valid") == []
     assert summary(run_dir)["valid"]["mean_reference_score"] is None
 
@@ -165,68 +190,80 @@ def test_a_run_without_validation_posts_has_an_empty_environment_for_them(run_di
 def test_a_missing_stage_names_its_command(run_dir: Path, stage: str) -> None:
     (run_dir / stage / "final").unlink()
     with pytest.raises(PrerequisiteError, match=f"rlhf {stage} --run tiny"):
-        prepare.run(settings(), run_dir, StopSignal())
+        run(settings(), run_dir)
 
 
 def test_prompts_longer_than_the_reward_model_are_a_bad_setting(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"prompt\.max_prompt_tokens=120 .* 128 positions; lower them by 16"):
-        prepare.run(settings(max_prompt_tokens=120), run_dir, StopSignal())
+        run(settings(max_prompt_tokens=120), run_dir)
 
 
-def test_a_second_run_scores_nothing(run_dir: Path, scored: list[int]) -> None:
-    prepare.run(settings(), run_dir, StopSignal())
-    first = environment(run_dir)
+def test_what_is_scored_is_not_scored_again_and_gone_once_final(
+    run_dir: Path, scored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_before_publishing(settings(), run_dir)
     assert scored == [36]
-    set_aside(run_dir)
-    prepare.run(settings(), run_dir, StopSignal())
+    monkeypatch.setattr(prepare, "load_reward_model", None)
+    run(settings(), run_dir)
     assert scored == [36]
-    assert environment(run_dir) == first
+    assert len(environment(run_dir)) == 26
+    assert not (run_dir / "prepare" / prepare.PARTIAL).exists()
 
 
 def test_another_reward_model_scores_anew(run_dir: Path, scored: list[int]) -> None:
-    prepare.run(settings(), run_dir, StopSignal())
+    run(settings(), run_dir)
     before = environment(run_dir)
+    (run_dir / "prepare").rename(run_dir / "before")
+    killed_before_publishing(settings(), run_dir)
     with StageDir(run_dir, "reward").publish(2, final=True) as directory:
         tiny_reward_model(shift=1.25).save_pretrained(directory)
         byte_tokenizer().save_pretrained(directory)
-    set_aside(run_dir)
-    prepare.run(settings(), run_dir, StopSignal())
-    assert scored == [36, 36]
+    run(settings(), run_dir)
+    assert scored == [36, 36, 36]
     expected = [row.reference_score - 1 for row in before]
     assert [row.reference_score for row in environment(run_dir)] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_stopped_run_keeps_its_scores_and_continues_to_the_same_bits(
-    run_dir: Path, scored: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["kill", "stop", "torn line"])
+def test_ended_after_every_chunk_it_gives_the_same_bits(
+    run_dir: Path, scored: list[int], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(prepare, "CHUNK", 10)
-    prepare.run(settings(), run_dir, StopSignal())
-    uninterrupted = environment(run_dir)
+    run(settings(), run_dir)
+    undisturbed = published(run_dir)
     assert scored == [10, 10, 10, 6]
-    (run_dir / "prepare").rename(run_dir / "uninterrupted")
+    (run_dir / "prepare").rename(run_dir / "undisturbed")
+    scored.clear()
 
-    class StopAfterTwoChunks(StopSignal):
-        def check(self) -> None:
-            self.requested = len(scored) == 6
-            super().check()
+    stop, add, torn = StopSignal(), PartialResults.add, []
 
-    with pytest.raises(StopRequested):
-        prepare.run(settings(), run_dir, StopAfterTwoChunks())
-    assert not StageDir(run_dir, "prepare").is_final()
-    # The kill came in the middle of a line, within the second chunk.
-    partial = run_dir / "prepare" / "scores.partial.jsonl"
-    lines = partial.read_bytes()
-    assert lines.count(b"\n") == 20
-    partial.write_bytes(lines[:-30])
+    def adding(self: PartialResults, key: str, value: Any) -> None:
+        add(self, key, value)
+        if how == "stop":
+            stop.requested = True
+            return
+        path = run_dir / "prepare" / prepare.PARTIAL
+        if how == "torn line" and not torn:
+            torn.append(path.write_bytes(path.read_bytes()[:-30]))
+        raise Killed
 
-    prepare.run(settings(), run_dir, StopSignal())
-    assert scored[6:] == [10, 10, 6]
-    assert environment(run_dir) == uninterrupted
-    assert all(json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines())
+    for _ in range(5 if how == "torn line" else 4):
+        stop.requested = False
+        with monkeypatch.context() as patched, pytest.raises((Killed, StopRequested)):
+            patched.setattr(PartialResults, "add", adding)
+            run(settings(), run_dir, stop)
+        assert not StageDir(run_dir, "prepare").is_final()
+    run(settings(), run_dir)
+    assert scored == ([10] if how == "torn line" else []) + [10, 10, 10, 6]
+    assert published(run_dir) == undisturbed
+
+
+def published(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in StageDir(run_dir, "prepare").final().iterdir()}
 
 
 def test_progress_is_left_for_status(run_dir: Path) -> None:
-    prepare.run(settings(), run_dir, StopSignal())
+    run(settings(), run_dir)
     state = json.loads((run_dir / "prepare" / "progress.json").read_text(encoding="utf-8"))
     assert (state["stage"], state["done"], state["total"], state["unit"]) == ("prepare", 36, 36, "posts")
 

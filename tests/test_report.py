@@ -179,6 +179,14 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_evaluation_that_is_not_final_yet_is_shown(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path / "demo", [sample()])
+    folder = run_dir / "evaluate" / ".work"
+    (run_dir / "evaluate" / "final").resolve().rename(folder)
+    assert "not finished" in write_report(run_dir).read_text(encoding="utf-8")
+    assert "not finished" not in write_report(run_dir, evaluation=folder).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("win", "verdict"), [(0.8, "better than"), (0.2, "worse than"), (0.55, "not clearly different from")]
 )

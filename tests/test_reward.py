@@ -1,6 +1,7 @@
 """The reward model on a tiny run: what is published, what is measured, and that nothing depends on chance."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,24 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.checkpoint import StageDir
-from rlhf.data import Comparison, load_examples
-from rlhf.errors import DataError, StopRequested
+from rlhf.collate import PairCollator
+from rlhf.data import Comparison, load_comparisons, load_examples
+from rlhf.errors import DataError, DivergedError, StopRequested
 from rlhf.models import load_reward_model
 from rlhf.preference import Pairs, by_margin, preference_metrics
 from rlhf.prompt import encode_prompt, encode_response
-from rlhf.runtime import StopSignal
 from rlhf.scoring import Scorer
-from rlhf.stages import reward, sft
+from rlhf.stages import reward
 from rlhf.telemetry import read_metrics
-from rlhf.trainer import StageCallback
 from tests.tiny_run import byte_tokenizer, comparisons, fetched_run, post, tiny_config
+from tests.training_runs import StopAtLook, assert_same_run, run, sicken
 
 SETTINGS = {"epochs": 3, "eval_every_steps": 8, "save_every_steps": 6}
 
 
 def run_through_sft(runs_dir: Path) -> Path:
     run_dir = fetched_run(runs_dir)
-    sft.run(tiny_config(sft={"max_steps": 2}), run_dir, StopSignal())
+    run("sft", tiny_config(sft={"max_steps": 2}), run_dir)
     return run_dir
 
 
@@ -36,7 +37,7 @@ def run_through_sft(runs_dir: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     run_dir = run_through_sft(tmp_path_factory.mktemp("finished"))
-    reward.run(tiny_config(reward=SETTINGS), run_dir, StopSignal())
+    run("reward", tiny_config(reward=SETTINGS), run_dir)
     return run_dir
 
 
@@ -106,30 +107,46 @@ def test_final_loads_in_transformers_alone_and_gives_the_same_scores(finished):
     assert ours.tolist() == pytest.approx([float(x) for x in theirs.split()], abs=1e-4)
 
 
-def test_the_same_seed_and_a_stop_in_between_change_no_bit(tmp_path, monkeypatch, finished):
+# 21 steps with evaluations of three batches after 8, 16 and 21, and then the references' scores.
+@pytest.mark.parametrize(("look", "saved"), [(11, 8), (13, 9), (30, 21), (31, 21)])
+def test_the_same_seed_and_a_stop_in_between_change_no_bit(tmp_path, finished, look, saved):
+    run_dir = tmp_path / "tiny"
+    for stage in ("fetch", "sft"):
+        shutil.copytree(finished / stage, run_dir / stage, symlinks=True)
+    with pytest.raises(StopRequested, match=f"step {saved} of 21 is saved"):
+        run("reward", tiny_config(reward=SETTINGS), run_dir, StopAtLook(look))
+    assert not StageDir(run_dir, "reward").is_final()
+    assert_same_run(run("reward", tiny_config(reward=SETTINGS), run_dir), StageDir(finished, "reward"))
+
+
+def test_pairs_of_a_bad_step_are_noted_by_post_and_pair(tmp_path, monkeypatch):
     run_dir = run_through_sft(tmp_path)
-    stop = StopSignal()
-    on_step_end = StageCallback.on_step_end
+    sicken(monkeypatch, 2)
+    stage = run("reward", tiny_config(reward={"max_steps": 3}), run_dir)
+    [bad] = [json.loads(line) for line in (stage.path / "bad-batches.jsonl").read_text().splitlines()]
+    assert (bad["step"], bad["reason"], len(set(bad["ids"]))) == (2, "the loss is nan", 4)
+    rows = load_comparisons(run_dir / "fetch" / "final" / "data", "train")
+    encoded = reward.encode_pairs(byte_tokenizer(), rows, tiny_config().prompt)
+    assert set(bad["ids"]) <= {pair.id for _, pair in encoded}
+    assert all(pair.id.startswith(f"{comparison.post.id}-") for comparison, pair in encoded)
 
-    def stop_here(self, args, state, control, **kwargs):
-        stop.requested = state.global_step == 10
-        return on_step_end(self, args, state, control, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(StageCallback, "on_step_end", stop_here)
-        with pytest.raises(StopRequested):
-            reward.run(tiny_config(reward=SETTINGS), run_dir, stop)
-    assert StageDir(run_dir, "reward").latest()[0] == 10
-    reward.run(tiny_config(reward=SETTINGS), run_dir, StopSignal())
-    ours = load_file(run_dir / "reward" / "final" / "model.safetensors")
-    theirs = load_file(finished / "reward" / "final" / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_scores_that_are_not_finite_end_the_training(finished):
+    model = load_reward_model(StageDir(finished, "reward").final())
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    reward.score_every_position(model)
+    rows = load_comparisons(finished / "fetch" / "final" / "data", "valid")
+    held_out = reward.encode_pairs(byte_tokenizer(), rows, tiny_config().prompt)
+    evaluation = reward.Evaluation(model, PairCollator(pad_id=257), held_out, size=4)
+    with pytest.raises(DivergedError, match="held-out scores are not finite"):
+        evaluation(lambda: False)
+    assert evaluation(lambda: True) is None
 
 
 def test_the_divergent_loss_learns_too(tmp_path):
     run_dir = run_through_sft(tmp_path)
     config = tiny_config(reward={**SETTINGS, "loss": "divergent", "micro_batch_size": 2})
-    reward.run(config, run_dir, StopSignal())
+    run("reward", config, run_dir)
     metrics = json.loads((run_dir / "reward" / "final" / "metrics.json").read_text())
     assert metrics["reward/noise_free_accuracy"] > 0.9
 

@@ -1,16 +1,14 @@
-"""Seeds, devices and stopping."""
+"""Seeds, devices and threads."""
 
-import os
 import random
-import signal
 
 import numpy as np
 import pytest
 import torch
 
 from rlhf.config import RuntimeConfig
-from rlhf.errors import ConfigError, StopRequested
-from rlhf.runtime import StopSignal, choose_device, generator, prepare_runtime, seed_everything, torch_dtype
+from rlhf.errors import ConfigError
+from rlhf.runtime import choose_device, generator, prepare_runtime, seed_everything, torch_dtype
 
 
 def test_a_seed_fixes_every_source_of_chance() -> None:
@@ -43,24 +41,6 @@ def test_cuda_where_there_is_none_is_refused() -> None:
 )
 def test_precisions(name: str, dtype: torch.dtype) -> None:
     assert torch_dtype(name) is dtype
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_remembered_and_a_second_changes_nothing(number: signal.Signals) -> None:
-    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
-    stop = StopSignal()
-    stop.install()
-    try:
-        stop.check()
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        assert stop.requested
-        with pytest.raises(StopRequested, match="run the same command again") as caught:
-            stop.check()
-        assert caught.value.exit_code == 75
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 @pytest.mark.parametrize(("asked", "cores", "expected"), [(None, 1, 1), (None, 999, 2), (3, 1, 3)])

@@ -7,29 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.checkpoint import StageDir
 from rlhf.collate import EncodedExample, ExampleCollator, LengthGroupedSampler, token_ids
 from rlhf.config import SftConfig
-from rlhf.errors import ConfigError, StopRequested
+from rlhf.errors import ConfigError, DivergedError
 from rlhf.models import load_policy
-from rlhf.runtime import StopSignal
 from rlhf.stages import sft
 from rlhf.telemetry import read_metrics
-from rlhf.trainer import StageCallback, plan_training
+from rlhf.training_setup import plan_training
 from tests.tiny_run import fetched_run, tiny_config
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
-def assert_same_bits(first: Path, second: Path) -> None:
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+from tests.training_runs import assert_same_bits, assert_same_run, run, run_in_steps, weights
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose SFT went through two epochs, 14 steps, without a stop."""
     run_dir = fetched_run(tmp_path_factory.mktemp("finished"))
     torch.set_num_threads(1)
-    sft.run(tiny_config(sft={"epochs": 2, "eval_every_steps": 5, "save_every_steps": 4}), run_dir, StopSignal())
+    run("sft", tiny_config(sft={"epochs": 2, "eval_every_steps": 5, "save_every_steps": 4}), run_dir)
     return run_dir
 
 
@@ -83,10 +72,9 @@ def test_final_holds_its_numbers_and_nothing_pickled(finished):
     metrics = json.loads((final / "metrics.json").read_text())
     assert metrics["sft/eval_loss"] > 0
     assert 0 <= metrics["sft/eval_rougeL"] <= 1
-    assert not [path.name for path in final.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-    assert not (finished / "sft" / "trainer").exists()
-    # keep_checkpoints is 2: the last checkpoint before the end, and the end.
-    assert [step for step, _ in StageDir(finished, "sft").steps()] == [12, 14]
+    # keep_checkpoints is 2: the last checkpoint before the end, and the end, published once more without its training.
+    assert [path.name for _, path in StageDir(finished, "sft").steps()] == ["step-00000012", "step-00000014.1"]
+    assert final.resolve().name == "step-00000014.1"
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
@@ -94,44 +82,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
     for name, seed in (("first", 1), ("second", 1), ("other", 2)):
         run_dir = fetched_run(tmp_path / name)
         config = tiny_config(sft={"max_steps": 3}).model_copy(update={"seed": seed})
-        sft.run(config, run_dir, StopSignal())
+        run("sft", config, run_dir)
         finals[name] = StageDir(run_dir, "sft").final()
     assert_same_bits(finals["first"], finals["second"])
     assert not torch.equal(weights(finals["first"])["lm_head.weight"], weights(finals["other"])["lm_head.weight"])
-
-
-@pytest.mark.parametrize("stop_at", [3, 7, 9, 14])
-def test_a_stopped_and_continued_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, finished, stop_at):
-    run_dir = fetched_run(tmp_path)
-    config = tiny_config(sft={"epochs": 2, "eval_every_steps": 5, "save_every_steps": 4})
-    stop = StopSignal()
-    on_step_end = StageCallback.on_step_end
-
-    def stop_here(self, args, state, control, **kwargs):
-        stop.requested = state.global_step >= stop_at
-        return on_step_end(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageCallback, "on_step_end", stop_here)
-        with pytest.raises(StopRequested, match=f"step {stop_at} of 14 is saved"):
-            sft.run(config, run_dir, stop)
-    stage = StageDir(run_dir, "sft")
-    assert stage.latest()[0] == stop_at
-    assert not stage.is_final()
-    # What a killed Trainer leaves behind is not resumed from.
-    (stage.path / "trainer" / "checkpoint-99").mkdir(parents=True)
-
-    sft.run(config, run_dir, StopSignal())
-    assert_same_bits(stage.final(), StageDir(finished, "sft").final())
-    steps = [row["step"] for row in read_metrics(stage.path / "metrics.jsonl") if "sft/loss" in row]
-    assert steps == list(range(1, 15))
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     finals, curves = [], []
     for name, micro in (("whole", 4), ("parts", 1)):
         run_dir = fetched_run(tmp_path / name)
-        sft.run(tiny_config(sft={"max_steps": 2, "micro_batch_size": micro}), run_dir, StopSignal())
+        run("sft", tiny_config(sft={"max_steps": 2, "micro_batch_size": micro}), run_dir)
         finals.append(weights(StageDir(run_dir, "sft").final()))
         rows = read_metrics(run_dir / "sft" / "metrics.jsonl")
         # Adam and clipping hide a wrong scale from the weights; loss and gradient norm do not.
@@ -151,29 +112,22 @@ def test_each_epoch_has_an_order_of_its_own_also_after_a_restart(tmp_path, monke
         return in_order(self)
 
     monkeypatch.setattr(LengthGroupedSampler, "__iter__", recorded)
-    run_dir, stop = fetched_run(tmp_path), StopSignal()
-    config = tiny_config(sft={"epochs": 3})
-    on_step_end = StageCallback.on_step_end
-
-    def stop_here(self, args, state, control, **kwargs):
-        stop.requested = state.global_step == 9
-        return on_step_end(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageCallback, "on_step_end", stop_here)
-        with pytest.raises(StopRequested):
-            sft.run(config, run_dir, stop)
-    assert epochs == [0, 1]
-    sft.run(config, run_dir, StopSignal())
-    # Seven steps an epoch: step 9 lies in the second, which is taken up again.
-    assert epochs == [0, 1, 1, 2]
+    config = tiny_config(sft={"epochs": 3, "max_steps": 15})
+    whole = run("sft", config, fetched_run(tmp_path / "whole"))
+    assert epochs == [0, 1, 2]
+    epochs.clear()
+    run_dir = fetched_run(tmp_path / "stopped")
+    run_in_steps("sft", config, run_dir, monkeypatch)
+    # Seven steps an epoch, each in a process of its own.
+    assert epochs == [0] * 7 + [1] * 7 + [2]
+    assert_same_run(StageDir(run_dir, "sft"), whole)
 
 
 def test_loss_equals_that_of_transformers(tmp_path):
     model = load_policy(StageDir(fetched_run(tmp_path), "fetch").final() / "base")
     rows = [
-        EncodedExample(prompt=token_ids([5, 6, 7]), response=token_ids([8, 9, 256])),
-        EncodedExample(prompt=token_ids([10]), response=token_ids([11, 256])),
+        EncodedExample("a", prompt=token_ids([5, 6, 7]), response=token_ids([8, 9, 256])),
+        EncodedExample("b", prompt=token_ids([10]), response=token_ids([11, 256])),
     ]
     batch = ExampleCollator(pad_id=257)(rows)
     nll_B, tokens_B = sft.response_nll(model, batch)
@@ -188,7 +142,7 @@ def test_bfloat16_and_gradient_checkpointing_train_float32_weights(tmp_path):
         sft={"max_steps": 2, "gradient_checkpointing": True, "loss_on": "all"},
         runtime={"device": "cpu", "precision": "bfloat16", "tensorboard": False},
     )
-    sft.run(config, run_dir, StopSignal())
+    run("sft", config, run_dir)
     final = StageDir(run_dir, "sft").final()
     assert {value.dtype for value in weights(final).values()} == {torch.float32}
     assert AutoModelForCausalLM.from_pretrained(final).config.use_cache
@@ -198,7 +152,7 @@ def test_steps_are_counted_over_epochs_and_accumulation():
     section = SftConfig(batch_size=8, micro_batch_size=2, epochs=2.5)
     plan = plan_training(section, name="sft", examples=42)
     # 42 examples: 21 micro-batches, 6 steps an epoch, 15 in 2.5 epochs.
-    assert (plan.accumulation, plan.total_steps) == (4, 15)
+    assert (plan.accumulation, plan.epoch_steps, plan.total_steps) == (4, 6, 15)
     assert plan_training(section.model_copy(update={"max_steps": 4}), name="sft", examples=42).total_steps == 4
 
 
@@ -220,9 +174,23 @@ def test_what_does_not_divide_is_refused_with_a_remedy(monkeypatch):
     [
         ({"sft": {"deepspeed": "/nowhere/zero2.json"}}, r"sft\.deepspeed=/nowhere/zero2\.json: there is no such"),
         ({"runtime": {"precision": "float16"}}, r"runtime\.precision=float16 trains on a GPU only"),
-        ({"sft": {"optimizer": {"learning_rate": 1e30}, "max_steps": 4}}, r"the loss is .*; lower sft\.optimizer"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_clear_line(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        sft.run(tiny_config(**changes), fetched_run(tmp_path), StopSignal())
+        run("sft", tiny_config(**changes), fetched_run(tmp_path))
+
+
+def test_a_learning_rate_that_destroys_the_model_ends_the_training(tmp_path):
+    config = tiny_config(sft={"optimizer": {"learning_rate": 1e30}, "max_steps": 6})
+    with pytest.raises(DivergedError, match=r"3 steps of sft in a row .* the loss is .* lower sft\.optimizer"):
+        run("sft", config, fetched_run(tmp_path))
+    stage = StageDir(tmp_path / "tiny", "sft")
+    assert stage.steps() == []
+    assert (stage.path / "bad-batches.jsonl").exists()
+
+
+def test_a_model_that_is_not_finite_on_held_out_posts_is_not_published():
+    with pytest.raises(DivergedError, match="the loss on held-out posts is not finite"):
+        sft.loss_a_token(torch.tensor([[1.0, 2.0], [float("nan"), 2.0]]).numpy())
+    assert sft.loss_a_token(torch.tensor([[1.0, 2.0], [5.0, 1.0]]).numpy()) == 2.0

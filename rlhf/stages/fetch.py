@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.base_model import TINY, create_base, load_base
-from rlhf.checkpoint import StageDir, sha256
+from rlhf.checkpoint import StageDir
 from rlhf.config import Config
 from rlhf.curate import cap, curate_comparisons, curate_posts, post_ids
 from rlhf.data import Comparison, Example, write_jsonl
@@ -23,9 +23,11 @@ from rlhf.errors import ConfigError
 from rlhf.hub import model_directory
 from rlhf.intake import Intake, Placed, comparison_from, example_from, parse_rows
 from rlhf.lengths import describe, token_counts, word_counts
+from rlhf.pickled import convert_pickled, is_pickled
 from rlhf.prompt import PROMPT_VERSION, Post, encode_prompt, render_prompt
-from rlhf.runtime import StopSignal
 from rlhf.sources import read_rows, source_names
+from rlhf.stopping import StopSignal
+from rlhf.storage import sha256, storage_errors, unfinished_name
 from rlhf.synthetic import SyntheticData, generate
 from rlhf.tokenizer import load_tokenizer, train_tokenizer
 
@@ -40,7 +42,7 @@ _Record = TypeVar("_Record", Example, Comparison)
 Splits = dict[str, list[Placed[_Record]]]
 
 
-def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
+def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     """Publish validated data and the base model as `fetch/final`.
 
     Raises DataError for bad or missing data, PrerequisiteError for a bad or missing base model or tokenizer,
@@ -50,9 +52,7 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     pairs_intake = Intake.of("data.comparisons", config.data.comparisons)
 
     # 1. Find what can be missing before an hour of work is spent.
-    base_dir = (
-        None if config.model.base == TINY else model_directory("model.base", config.model.base, with_weights=True)
-    )
+    base_dir = None if config.model.base == TINY else _bring_base(config, stage)
 
     # 2. Rows to records, records to splits.
     world = _world(config)
@@ -72,7 +72,7 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
     stop.check()
 
     # 4. Everything onto the volume at once.
-    with StageDir(run_dir, "fetch").publish(0, final=True) as directory:
+    with stage.publish(0, final=True) as directory:
         model = create_base(config, tokenizer) if base_dir is None else load_base(config, base_dir, tokenizer)
         model.save_pretrained(directory / "base")
         tokenizer.save_pretrained(directory / "base")
@@ -84,6 +84,17 @@ def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
             "base": _describe_base(config, model, tokenizer),
         }
         (data_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _bring_base(config: Config, stage: StageDir) -> Path:
+    """The base model's directory, its weights in safetensors."""
+    convert = config.model.pickled == "convert"
+    directory = model_directory("model.base", config.model.base, with_weights=True, pickled=convert)
+    if not (convert and is_pickled(directory)):
+        return directory
+    with storage_errors(stage.path):
+        stage.room.mkdir(parents=True, exist_ok=True)  # what lies there is cleared when the stage ends
+        return convert_pickled(directory, stage.room / unfinished_name("base"))
 
 
 def _world(config: Config) -> SyntheticData | None:

@@ -14,98 +14,128 @@ Shapes: B rollouts, R response columns, T prompt and response columns.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
+import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.advantages import gae, k1, k3, token_rewards, whiten
-from rlhf.checkpoint import StageDir, write_text_atomically
+from rlhf.checkpoint import StageDir
 from rlhf.config import Config
 from rlhf.environment import EnvironmentRow, load_environment
-from rlhf.errors import RlhfError, StopRequested
+from rlhf.errors import StopRequested
+from rlhf.experience import Experience, InHand
 from rlhf.losses import policy_loss, value_loss
-from rlhf.ppo_setup import Learner, build_learner, load_learner, save_learner
-from rlhf.prompt import decode_response
+from rlhf.oversight import Interrupted, Oversight
+from rlhf.ppo_evaluation import evaluate, is_best
+from rlhf.ppo_setup import PROMPTS, SAMPLING, SHUFFLE, Learner, build_learner
+from rlhf.ppo_state import load_learner, snapshot
 from rlhf.rollout import Rollout, minibatch, stack
-from rlhf.runtime import StopSignal, agreed, from_first, generator
+from rlhf.runtime import from_first, generator, wait_for_all
+from rlhf.saver import Saver
+from rlhf.stopping import StopSignal
 from rlhf.telemetry import Metrics, Progress, Stopwatch
+from rlhf.training_state import load_schedule
+from rlhf.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-# Each use of chance has a stream of its own, so that none depends on what ran before it.
-PROMPTS, SAMPLING, SHUFFLE, EVALUATION = range(4)
+SHOWN = ("reward", "kl")
 
 
-@dataclass(frozen=True)
-class Experience:
-    """The rollouts of an iteration and what is learnt from them; the tensors are [B, R] and share the mask."""
-
-    rollouts: list[Rollout]
-    mask_BR: Tensor
-    logprobs_BR: Tensor
-    values_BR: Tensor
-    advantages_BR: Tensor
-    returns_BR: Tensor
-
-
-def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
+def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     """Train from the last checkpoint, or from SFT, through `ppo.iterations`, and publish `final`.
 
-    Raises PrerequisiteError when SFT, the reward model or the environment is missing, and
-    StopRequested after a signal, with the state saved.
+    Raises PrerequisiteError when SFT, the reward model or the environment is missing, StopRequested after a signal,
+    with the state saved, and DivergedError when the numbers went wrong for good.
     """
-    ppo, stage = config.ppo, StageDir(run_dir, "ppo")
-    environment = StageDir(run_dir, "prepare").final()
+    environment = StageDir(stage.run_dir, "prepare").final()
     train = load_environment(environment, "train")
-    valid = load_environment(environment, "valid")[: ppo.eval_posts]
-    learner = build_learner(config, run_dir)
+    valid = load_environment(environment, "valid")[: config.ppo.eval_posts]
+    learner = build_learner(config, stage)
     if saved := from_first(stage.latest):
-        load_learner(learner, saved[1])
-    writes, tensorboard = learner.accelerator.is_main_process, config.runtime.tensorboard
-    first = learner.iteration + 1 if saved else 0
+        load_learner(learner, saved[1], train)
+    writes, done = learner.accelerator.is_main_process, learner.iteration
+    first = done if learner.unlogged is not None else done + 1
     with (
-        Metrics(stage.path, tensorboard=tensorboard, start_step=first, enabled=writes) as metrics,
-        Progress(stage.path, "ppo", ppo.iterations, "iterations", done=learner.iteration, enabled=writes) as progress,
+        stop.deferred(),
+        Watchdog(config.runtime.hang_after_seconds) as watchdog,
+        Metrics(stage, tensorboard=config.runtime.tensorboard, start_step=first, enabled=writes) as metrics,
+        Progress(stage, config.ppo.iterations, "iterations", done=done, enabled=writes) as progress,
+        Saver(stage, keep=config.runtime.keep_checkpoints, metrics=metrics) as saver,
     ):
-        if not saved:
-            metrics.log(0, evaluate(learner, valid, stage.path))
-        while learner.iteration < ppo.iterations:
-            values = iterate(learner, train, stop)
-            if values is None:
-                save_learner(learner, stage)
-                raise StopRequested("stopped on request, the state is saved; run the same command again to continue")
-            last, best = learner.iteration == ppo.iterations, False
-            if last or learner.iteration % ppo.eval_every_iterations == 0:
-                held_out = evaluate(learner, valid, stage.path)
-                best = is_best(learner, held_out)
-                values |= held_out
-            metrics.log(learner.iteration, values)
-            progress.update(learner.iteration, reward=values["ppo/reward"], kl=values["ppo/kl"])
-            if last or best or learner.iteration % ppo.save_every_iterations == 0:
-                save_learner(learner, stage, final=last, best=best)
-                if writes:
-                    stage.prune(config.runtime.keep_checkpoints)
+        try:
+            train_to_end(learner, train, valid, metrics, progress, saver, Oversight(stop, watchdog))
+        except Interrupted:
+            leave(learner, saver)
+    wait_for_all()
 
 
-def iterate(learner: Learner, rows: list[EnvironmentRow], stop: StopSignal) -> dict[str, float] | None:
-    """One iteration's steps 1 to 5, and its metrics; None when a signal came before anything was learnt."""
+def train_to_end(
+    learner: Learner,
+    train: list[EnvironmentRow],
+    valid: list[EnvironmentRow],
+    metrics: Metrics,
+    progress: Progress,
+    saver: Saver,
+    oversight: Oversight,
+) -> None:
+    """Iterate, and after each iteration look at the policy, log and save."""
+    ppo = learner.config.ppo
+    while True:
+        if (values := learner.unlogged) is not None:
+            iteration, last, best = learner.iteration, learner.iteration == ppo.iterations, False
+            if last or iteration % ppo.eval_every_iterations == 0:
+                held_out = evaluate(learner, valid, oversight)
+                best = iteration > 0 and is_best(learner, held_out)
+                values = values | held_out
+            metrics.log(iteration, values)
+            learner.unlogged = None
+            progress.update(iteration, **{key: values[f"ppo/{key}"] for key in SHOWN if f"ppo/{key}" in values})
+            due = best or (iteration > 0 and iteration % ppo.save_every_iterations == 0)
+            if last or (due and learner.health.is_well):
+                save(learner, saver, final=last, best=best)
+        if learner.iteration == ppo.iterations:
+            return
+        iterate(learner, train, oversight)
+
+
+def iterate(learner: Learner, rows: list[EnvironmentRow], oversight: Oversight) -> None:
+    """One iteration's steps 1 to 5, or what is left of one in hand; its metrics wait in `learner.unlogged`."""
     watch = Stopwatch()
-    rollouts = sample(learner, draw_prompts(learner, rows), watch, stop)
-    if rollouts is None:
-        return None
-    experience, values = learn_from(learner, rollouts)
+    if learner.in_hand is None:
+        rollouts = sample(learner, draw_prompts(learner, rows), watch, oversight)
+        if ids := everyones([rollout.row.id for rollout in rollouts if not is_sound(rollout)]):
+            skip_iteration(learner, {}, "a score or a log-probability of the rollouts is not finite", ids)
+            return
+        experience, values = learn_from(learner, rollouts)
+        if not values["ppo/kl"] <= learner.config.ppo.max_kl:
+            reason = f"the rollouts' KL to SFT is {values['ppo/kl']:.4g} nats, over ppo.max_kl"
+            skip_iteration(learner, values, reason, everyones([rollout.row.id for rollout in rollouts]))
+            return
+        learner.in_hand = InHand(experience, values | times(watch))
+    watch = Stopwatch()
     with watch("train"):
-        values |= optimise(learner, experience)
-    learner.kl.update(values["ppo/kl"], learner.config.ppo.rollouts_per_iteration)
-    learner.iteration += 1
-    values |= {f"time/{phase}_seconds": seconds for phase, seconds in watch.seconds.items()}
+        optimise(learner, learner.in_hand, oversight)
+    values = learner.in_hand.values | average(learner.in_hand.seen) | times(watch)
+    values["time/save_seconds"] = learner.save_seconds
     tokens = values["ppo/response_tokens"] * learner.config.ppo.rollouts_per_iteration
-    return values | {"ppo/tokens_per_second": tokens / sum(watch.seconds.values())}
+    spent = sum(seconds for key, seconds in values.items() if key.startswith("time/"))
+    learner.kl.update(values["ppo/kl"], learner.config.ppo.rollouts_per_iteration)
+    learner.iteration, learner.in_hand, learner.save_seconds = learner.iteration + 1, None, 0.0
+    learner.unlogged = values | {"ppo/tokens_per_second": tokens / spent}
+
+
+def skip_iteration(learner: Learner, values: dict[str, float], reason: str, ids: list[str]) -> None:
+    """Learn nothing from an iteration's rollouts. Raises DivergedError when too many in a row were such."""
+    learner.health.skip(learner.iteration + 1, reason, ids)
+    learner.iteration += 1
+    learner.unlogged = values | {"ppo/skipped": 1.0}
 
 
 def draw_prompts(learner: Learner, rows: list[EnvironmentRow]) -> list[EnvironmentRow]:
@@ -122,19 +152,24 @@ def draw_prompts(learner: Learner, rows: list[EnvironmentRow]) -> list[Environme
     return drawn[learner.accelerator.process_index :: learner.accelerator.num_processes]
 
 
-def sample(learner: Learner, rows: list[EnvironmentRow], watch: Stopwatch, stop: StopSignal) -> list[Rollout] | None:
-    """Rollouts in chunks; None when a signal came, since nothing has been learnt yet that could be lost."""
+def sample(learner: Learner, rows: list[EnvironmentRow], watch: Stopwatch, oversight: Oversight) -> list[Rollout]:
+    """Rollouts in chunks. Stopped in between they are dropped: the same chances give the same ones again."""
     config, rank = learner.config, learner.accelerator.process_index
     rollouts: list[Rollout] = []
     for start in range(0, len(rows), config.ppo.rollout_chunk):
-        if agreed(stop.requested):
-            return None
+        oversight.heed()
         rollouts += learner.collector.collect(
             rows[start : start + config.ppo.rollout_chunk],
             stream=generator(config.seed, SAMPLING, learner.iteration, rank, start, device=learner.device),
             watch=watch,
         )
     return rollouts
+
+
+def is_sound(rollout: Rollout) -> bool:
+    """Whether every number of a rollout is finite; one with another must not reach the policy."""
+    tensors = (rollout.logprobs_R, rollout.reference_logprobs_R, rollout.values_R)
+    return math.isfinite(rollout.score) and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def learn_from(learner: Learner, rollouts: list[Rollout]) -> tuple[Experience, dict[str, float]]:
@@ -165,8 +200,7 @@ def learn_from(learner: Learner, rollouts: list[Rollout]) -> tuple[Experience, d
         "ppo/ended": torch.tensor([float(rollout.ended) for rollout in rollouts]).mean(),
         "ppo/sampler_gap": torch.tensor([rollout.sampler_gap for rollout in rollouts]).max(),
     }
-    experience = Experience(rollouts, mask_BR, logprobs_BR, values_BR, whitened_BR, returns_BR)
-    return experience, learner.mean_values(values)
+    return Experience(rollouts, whitened_BR, returns_BR), learner.mean_values(values)
 
 
 def sequence_rewards(learner: Learner, rollouts: list[Rollout]) -> Tensor:
@@ -187,25 +221,37 @@ def sequence_rewards(learner: Learner, rollouts: list[Rollout]) -> Tensor:
     return score_B
 
 
-def optimise(learner: Learner, experience: Experience) -> dict[str, float]:
+def optimise(learner: Learner, in_hand: InHand, oversight: Oversight) -> None:
     """Step 4: passes over the rollouts; ends early when the policy has moved further than `ppo.stop_kl`."""
+    ppo, experience = learner.config.ppo, in_hand.experience
+    for picked in minibatches(learner)[in_hand.done :]:
+        oversight.heed()
+        values = optimise_minibatch(learner, experience, picked)
+        in_hand.done += 1
+        if values is None:
+            continue
+        in_hand.seen.append(values)
+        if ppo.stop_kl is not None and values["ppo/approx_kl"] > ppo.stop_kl:
+            logger.info("iteration=%d inner epochs end early at minibatch %d", learner.iteration, in_hand.done)
+            return
+
+
+def minibatches(learner: Learner) -> list[Tensor]:
+    """This process's rollouts, by number, of each minibatch of all inner epochs, shuffled anew in each epoch."""
     ppo, share = learner.config.ppo, learner.accelerator.num_processes
-    size = ppo.minibatch_size // share
-    seen: list[dict[str, float]] = []
+    order: list[Tensor] = []
     for epoch in range(ppo.inner_epochs):
         stream = generator(learner.config.seed, SHUFFLE, learner.iteration, epoch)
-        order = torch.randperm(len(experience.rollouts), generator=stream)
-        for start in range(0, len(order), size):
-            values = optimise_minibatch(learner, experience, order[start : start + size])
-            seen.append(values)
-            if ppo.stop_kl is not None and values["ppo/approx_kl"] > ppo.stop_kl:
-                logger.info("iteration=%d inner epochs end early at minibatch %d", learner.iteration, len(seen))
-                return average(seen)
-    return average(seen)
+        shuffled = torch.randperm(ppo.rollouts_per_iteration // share, generator=stream)
+        order += shuffled.split(ppo.minibatch_size // share)
+    return order
 
 
-def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor) -> dict[str, float]:
-    """One optimiser step; the gradient is that of the mean over all tokens of the minibatch on all processes."""
+def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor) -> dict[str, float] | None:
+    """One optimiser step; the gradient is that of the mean over all tokens of the minibatch on all processes.
+
+    None when a number went wrong, so that the step was skipped.
+    """
     ppo, accelerator = learner.config.ppo, learner.accelerator
     tokens = learner.sum_over_processes(experience.mask_BR[picked].sum().double())
     totals: dict[str, Tensor] = {}
@@ -243,73 +289,57 @@ def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor)
         }
         totals = {key: totals.get(key, 0.0) + share * value for key, value in stats.items()}
     grad_norm = accelerator.clip_grad_norm_(learner.actor.trainable_parameters(), ppo.optimizer.max_grad_norm)
-    # With float16, infinities are part of finding the loss scale: accelerate skips such a step.
-    if accelerator.scaler is None and not torch.isfinite(grad_norm):
-        raise RlhfError(
-            f"the gradient of PPO iteration {learner.iteration} is not finite; the last checkpoint is good: "
-            "try a lower ppo.optimizer.learning_rate"
-        )
     values = learner.sum_values(totals)
-    values["ppo/grad_norm"] = float(grad_norm)
-    values["ppo/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
-    learner.optimizer.step()
-    learner.schedule.step()
+    values |= {"ppo/grad_norm": float(grad_norm), "ppo/learning_rate": learner.optimizer.param_groups[0]["lr"]}
+    sound = math.isfinite(float(grad_norm))
+    if sound or is_finding_scale(accelerator):
+        learner.optimizer.step()
+    # By its number: torch's own step() complains where the optimiser's was skipped.
+    load_schedule(learner.schedule, learner.schedule.last_epoch + 1)
     learner.optimizer.zero_grad()
-    return values
+    if sound:
+        learner.health.fine()
+    elif not is_finding_scale(accelerator):
+        ids = everyones([experience.rollouts[i].row.id for i in picked.tolist()])
+        learner.health.skip(learner.iteration + 1, "the gradient is not finite", ids)
+    return values if sound else None
 
 
-def evaluate(learner: Learner, rows: list[EnvironmentRow], directory: Path) -> dict[str, float]:
-    """Step 6: summaries of held-out posts, sampled with the same chances each time, and a table of some."""
-    config, accelerator = learner.config, learner.accelerator
-    mine = sorted(rows, key=lambda row: (len(row.prompt_ids), row.id))[
-        accelerator.process_index :: accelerator.num_processes
-    ]
-    shown: list[Rollout] = []
-    sums = dict.fromkeys(("reward", "score", "kl", "response_tokens", "ended", "posts"), 0.0)
-    for start in range(0, len(mine), config.ppo.rollout_chunk):
-        rollouts = learner.collector.collect(
-            mine[start : start + config.ppo.rollout_chunk],
-            stream=generator(config.seed, EVALUATION, accelerator.process_index, start, device=learner.device),
-            watch=Stopwatch(),
-        )
-        for rollout in rollouts:
-            sums["reward"] += rollout.score - rollout.row.reference_score * (config.ppo.reward == "delta")
-            sums["score"] += rollout.score
-            sums["kl"] += float(k3(rollout.reference_logprobs_R, rollout.logprobs_R).sum())
-            sums["response_tokens"] += len(rollout.response_R)
-            sums["ended"] += rollout.ended
-            sums["posts"] += 1
-        shown += rollouts[: config.ppo.sample_table_posts - len(shown)]
-    if accelerator.is_main_process:
-        write_samples(learner, directory, shown)
-    totals = learner.sum_values({key: torch.tensor(value) for key, value in sums.items()})
-    return {f"ppo/eval_{key}": total / totals["posts"] for key, total in totals.items() if key != "posts"}
+def save(learner: Learner, saver: Saver, *, final: bool = False, best: bool = False) -> None:
+    """Publish the state as it is now, in the background; `learner.save_seconds` tells how long training stood still."""
+    started = time.monotonic()
+    saver.save(learner.iteration, snapshot(learner), final=final, best=best)
+    learner.saved_at, learner.save_seconds = learner.place, time.monotonic() - started
 
 
-def write_samples(learner: Learner, directory: Path, rollouts: list[Rollout]) -> None:
-    """A table of held-out posts, their summaries and scores, one JSON line each."""
-    lines = []
-    for rollout in rollouts:
-        row = {
-            "id": rollout.row.id,
-            "prompt": learner.tokenizer.decode(rollout.row.prompt_ids),
-            "summary": decode_response(learner.tokenizer, rollout.response_R.tolist()),
-            "score": rollout.score,
-            "reference_score": rollout.row.reference_score,
-        }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text_atomically(directory / "samples" / f"step-{learner.iteration:08d}.jsonl", "".join(lines))
+def leave(learner: Learner, saver: Saver) -> NoReturn:
+    """Save what is not saved yet, except between bad steps, and raise StopRequested."""
+    if learner.place != learner.saved_at and learner.health.is_well:
+        save(learner, saver)
+    saver.wait()
+    wait_for_all()
+    raise StopRequested("stopped on request, the state is saved; run the same command again to continue")
 
 
-def is_best(learner: Learner, held_out: dict[str, float]) -> bool:
-    """Whether this policy has the highest held-out reward of those within the KL budget."""
-    reward = held_out["ppo/eval_reward"]
-    if held_out["ppo/eval_kl"] > learner.config.ppo.kl_budget or reward <= learner.best_reward:
-        return False
-    learner.best_reward = reward
-    return True
+def is_finding_scale(accelerator: Accelerator) -> bool:
+    """With float16, infinities are part of finding the loss scale; one below 1 has collapsed."""
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1.0
+
+
+def everyones(ids: list[str]) -> list[str]:
+    """The ids of all processes, on all."""
+    if not torch.distributed.is_initialized():
+        return ids
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, ids)
+    return [one for share in gathered for one in share]
+
+
+def times(watch: Stopwatch) -> dict[str, float]:
+    """Seconds by phase, as metrics."""
+    return {f"time/{phase}_seconds": seconds for phase, seconds in watch.seconds.items()}
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each key."""
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    """The mean of each key; nothing of nothing."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}

@@ -1,41 +1,45 @@
 """PPO's environment: prompts tokenised once, and the score of each one's reference summary.
 
 A score costs a pass of the reward model, so each is written down as soon as it is known; a killed
-process loses one chunk. N sequences.
+process loses one chunk.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.checkpoint import StageDir, fingerprint, storage_errors, write_text_atomically
+from rlhf.checkpoint import StageDir, fingerprint
 from rlhf.config import Config, PromptConfig
 from rlhf.data import Example, load_examples
 from rlhf.environment import EnvironmentRow, write_environment
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import load_reward_model
+from rlhf.partial import ChunkedWork, Compute, PartialResults, chunks_by_length
 from rlhf.prompt import encode_prompt, encode_response
-from rlhf.runtime import StopSignal, prepare_runtime, torch_dtype
+from rlhf.runtime import choose_device, prepare_runtime, torch_dtype
 from rlhf.scoring import Scorer
 from rlhf.sequences import max_positions
+from rlhf.stopping import StopSignal
 from rlhf.telemetry import Progress
 from rlhf.tokenizer import load_tokenizer
+from rlhf.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
 CHUNK = 256
 """Sequences scored between two looks at the stop signal, and two writes to disk."""
+PARTIAL = "scores.partial.jsonl"
 LISTED = 20
 """Posts left out that the log names; summary.json names all."""
 
@@ -67,38 +71,35 @@ class Split:
     left_out: dict[str, str] = field(default_factory=dict)  # reason by post id
 
 
-def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
+def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     """Tokenise the posts, score their references and publish `prepare/final`.
 
     Raises PrerequisiteError when fetch or reward has not finished, DataError when no post is left, and
     StopRequested after a signal, with the scores so far kept.
     """
-    device = prepare_runtime(config.runtime, seed=config.seed)
-    data = StageDir(run_dir, "fetch").final() / "data"
-    reward, stage = StageDir(run_dir, "reward").final(), StageDir(run_dir, "prepare")
+    data, reward = (StageDir(stage.run_dir, name).final() for name in ("fetch", "reward"))
+    prepare_runtime(config.runtime, seed=config.seed)
 
     # 1. Prompts and references become token ids, each post once.
     tokenizer = load_tokenizer(reward, key="reward/final")
-    splits = [encode_split(tokenizer, name, load_examples(data, name), config.prompt) for name in SPLITS]
+    splits = [encode_split(tokenizer, name, load_examples(data / "data", name), config.prompt) for name in SPLITS]
 
-    # 2. Each prompt with its reference gets its score, once.
-    model = load_reward_model(reward, dtype=torch_dtype(config.runtime.precision), device=device)
-    _check_length(config.prompt, max_positions(model))
-    scorer = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=config.prepare.batch_tokens)
-    store = ScoreStore(stage.path / "scores.partial.jsonl", model=f"{fingerprint(reward)} {config.runtime.precision}")
     sequences = [candidate.sequence for split in splits for candidate in split.candidates]
-    with Progress(stage.path, "prepare", len(sequences), "posts") as progress:
-        score_all(scorer, sequences, store, stop=stop, progress=progress)
-
-    # 3. Published: a row for each post whose reference has a score.
-    rows = {split.name: environment_rows(split, store) for split in splits}
-    for split in splits:
-        report(split, rows[split.name])
-    summary = {split.name: summarise(split, rows[split.name]) for split in splits}
-    with stage.publish(0, final=True) as directory:
-        for name in SPLITS:
-            write_environment(directory, name, rows[name])
-        (directory / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    with (
+        Watchdog(config.runtime.hang_after_seconds) as watchdog,
+        PartialResults(stage, PARTIAL) as results,
+        Progress(stage, len(sequences), "posts") as progress,
+    ):
+        # 2. Each prompt with its reference gets its score, once.
+        work = ChunkedWork(results, stop=stop, watchdog=watchdog, on_done=progress.update)
+        scores = iter(score_all(config, reward, tokenizer.pad_token_id, sequences, work))
+        # 3. Published: a row for each post whose reference has a score.
+        rows = {s.name: environment_rows(s, list(islice(scores, len(s.candidates)))) for s in splits}
+        for split in splits:
+            report(split, rows[split.name])
+        with stop.deferred():
+            publish(stage, rows, {split.name: summarise(split, rows[split.name]) for split in splits})
+            results.remove()
 
 
 def encode_split(
@@ -128,63 +129,31 @@ def encode_split(
     return split
 
 
-class ScoreStore:
-    """Scores on disk by what was scored: the token ids, the reward model and its precision.
-
-    A line that a killed process left half-written is passed over and removed.
-    """
-
-    def __init__(self, path: Path, *, model: str) -> None:
-        self._path = path
-        self._model = model
-        self._scores = _read_scores(path)
-        # Rewritten, so that what is appended does not continue a torn line.
-        write_text_atomically(path, "".join(_line(key, score) for key, score in self._scores.items()))
-
-    def has(self, sequence: Sequence[int]) -> bool:
-        """Whether this sequence was scored before."""
-        return self._key(sequence) in self._scores
-
-    def score(self, sequence: Sequence[int]) -> float:
-        """The score of a sequence, which may be NaN or infinite."""
-        return self._scores[self._key(sequence)]
-
-    def add(self, sequences: Sequence[Sequence[int]], scores: Sequence[float]) -> None:
-        """Remember scores, on disk before this returns."""
-        new = {self._key(sequence): score for sequence, score in zip(sequences, scores, strict=True)}
-        self._scores |= new
-        with storage_errors(self._path.parent), self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(_line(key, score) for key, score in new.items()))
-
-    def _key(self, sequence: Sequence[int]) -> str:
-        return hashlib.sha256(f"{self._model} {list(sequence)}".encode()).hexdigest()
-
-
 def score_all(
-    scorer: Scorer, sequences: Sequence[list[int]], store: ScoreStore, *, stop: StopSignal, progress: Progress
-) -> None:
-    """Score what the store lacks, chunk by chunk, the longest first.
+    config: Config, reward: Path, pad_id: int, sequences: Sequence[list[int]], work: ChunkedWork
+) -> list[float]:
+    """The reward model's score of every sequence, which may be NaN or infinite, chunk by chunk."""
+    runtime = config.runtime
+    device = choose_device(runtime)
 
-    A chunk is scored whole or not at all, and always in the same company: a continued run gets the
-    same bits as one that was never stopped.
-    """
-    order = sorted(sequences, key=len, reverse=True)
-    for start in range(0, len(order), CHUNK):
-        stop.check()
-        chunk = order[start : start + CHUNK]
-        if not all(store.has(sequence) for sequence in chunk):
-            store.add(chunk, scorer.score(chunk, allow_nonfinite=True).tolist())
-        progress.update(start + len(chunk))
+    def load() -> Compute:
+        model = load_reward_model(reward, dtype=torch_dtype(runtime.precision), device=device)
+        _check_length(config.prompt, max_positions(model))
+        scorer = Scorer(model, pad_id=pad_id, batch_tokens=config.prepare.batch_tokens)
+        return lambda number, chunk: scorer.score(chunk, allow_nonfinite=True).tolist()
+
+    what = {"model": fingerprint(reward), "precision": runtime.precision, "device": device.type}
+    what |= {"batch_tokens": str(config.prepare.batch_tokens)}
+    return work.results(what, sequences, chunks_by_length([len(ids) for ids in sequences], CHUNK), load)
 
 
-def environment_rows(split: Split, store: ScoreStore) -> list[EnvironmentRow]:
+def environment_rows(split: Split, scores: Sequence[float]) -> list[EnvironmentRow]:
     """The rows of a split, in the order of its posts; posts without a finite score are noted by id.
 
     Raises DataError when no post is left.
     """
     rows = []
-    for candidate in split.candidates:
-        score = store.score(candidate.sequence)
+    for candidate, score in zip(split.candidates, scores, strict=True):
         if math.isfinite(score):
             rows.append(EnvironmentRow(candidate.id, candidate.prompt_ids, candidate.cut_tokens, score))
         else:
@@ -207,6 +176,14 @@ def report(split: Split, rows: Sequence[EnvironmentRow]) -> None:
     logger.info("environment split=%s posts=%d prompts=%d", split.name, split.posts, len(rows))
 
 
+def publish(stage: StageDir, rows: Mapping[str, Sequence[EnvironmentRow]], summary: Mapping[str, Any]) -> None:
+    """Make the environment and its summary final."""
+    with stage.publish(0, final=True) as directory:
+        for name in SPLITS:
+            write_environment(directory, name, rows[name])
+        (directory / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
 def summarise(split: Split, rows: Sequence[EnvironmentRow]) -> dict[str, Any]:
     """Counts and the mean score of a split, for summary.json."""
     return {
@@ -227,21 +204,3 @@ def _check_length(prompt: PromptConfig, positions: int | None) -> None:
             f"prompt.max_response_tokens={prompt.max_response_tokens} together are more than the reward model's "
             f"{positions} positions; lower them by {prompt.max_sequence_tokens - positions}"
         )
-
-
-def _line(key: str, score: float) -> str:
-    return json.dumps({"key": key, "score": score if math.isfinite(score) else None}) + "\n"
-
-
-def _read_scores(path: Path) -> dict[str, float]:
-    """What can be read of a store; nothing where there is no file."""
-    scores: dict[str, float] = {}
-    if not path.is_file():
-        return scores
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            scores[str(entry["key"])] = math.nan if entry["score"] is None else float(entry["score"])
-        except (ValueError, KeyError, TypeError):
-            logger.warning("passing over a damaged line of %s", path)
-    return scores

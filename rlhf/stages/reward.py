@@ -9,105 +9,79 @@ Shapes: B pairs of a batch (2B rows, chosen first), T token, N held-out pairs.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import StageDir
-from rlhf.collate import EncodedPair, PairCollator, token_ids
-from rlhf.config import Config, PromptConfig, RewardConfig
+from rlhf.collate import EncodedPair, PairCollator, pair_id, token_ids
+from rlhf.config import Config, PromptConfig
 from rlhf.data import Comparison, Example, load_comparisons, load_examples
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import DataError, DivergedError
 from rlhf.losses import pairwise_divergent_loss, pairwise_last_loss
 from rlhf.models import freeze_bottom, load_reward_model, reward_model_from_policy
 from rlhf.preference import Pairs, preference_metrics
 from rlhf.prompt import encode_prompt, encode_response
-from rlhf.runtime import StopSignal, from_first, prepare_runtime
+from rlhf.runtime import from_first, prepare_runtime
 from rlhf.scoring import Scorer, token_scores
+from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
-from rlhf.trainer import (
-    StageTrainer,
-    check_stop,
-    plan_training,
-    publish_model,
-    remove_unpublished,
-    train_to_end,
-    training_arguments,
-)
-from rlhf.trainer_callbacks import StageCallback, TrainingLog
+from rlhf.training import train
+from rlhf.training_eval import held_out_rows
+from rlhf.training_setup import Batch, Interrupted, Task, make_accelerator, plan_training
 
 logger = logging.getLogger(__name__)
 
 SHIFT_POSTS = 2000
 """Training posts whose reference summaries are made to average 0."""
+SHIFT_CHUNK = 200
+"""So many of them are scored between two looks at whether to stop."""
 
 
-def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
+def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     """Train on `fetch/final/data`'s comparisons, starting from `sft/final`, and publish `reward/final`."""
     device = prepare_runtime(config.runtime, seed=config.seed)
-    data = StageDir(run_dir, "fetch").final() / "data"
-    policy, stage = StageDir(run_dir, "sft").final(), StageDir(run_dir, "reward")
-    remove_unpublished(stage)
+    data = StageDir(stage.run_dir, "fetch").final() / "data"
+    policy = StageDir(stage.run_dir, "sft").final()
 
     # 1. Comparisons become token ids, once.
     tokenizer = load_tokenizer(policy, key="sft/final")
-    train = [pair for _, pair in encode_pairs(tokenizer, load_comparisons(data, "train"), config.prompt)]
+    pairs = [pair for _, pair in encode_pairs(tokenizer, load_comparisons(data, "train"), config.prompt)]
     held_out = encode_pairs(tokenizer, load_comparisons(data, "valid"), config.prompt)
     held_out.sort(key=lambda entry: entry[1].length)
-    valid = [pair for _, pair in held_out]
+    references = reference_sequences(tokenizer, load_examples(data, "train")[:SHIFT_POSTS], config.prompt)
 
     # 2. The policy's weights under a fresh head, or the newest checkpoint of an interrupted run.
-    plan = plan_training(config.reward, name="reward", examples=len(train))
-    arguments = training_arguments(
-        config.reward, stage=stage, plan=plan, runtime=config.runtime, device=device, seed=config.seed
-    )
+    plan = plan_training(config.reward, name="reward", examples=len(pairs))
+    accelerator = make_accelerator(config.reward, name="reward", plan=plan, runtime=config.runtime, device=device)
     start = from_first(stage.latest)
     model = load_reward_model(start[1]) if start else reward_model_from_policy(policy, seed=config.seed)
     frozen = freeze_bottom(model, config.reward.frozen_fraction)
     score_every_position(model)
     logger.info("frozen blocks=%d fraction=%g", frozen, config.reward.frozen_fraction)
 
-    # 3. Train and look at the held-out pairs.
-    with TrainingLog(
-        stage, total_steps=plan.total_steps, resumed_at=start[0] if start else None, runtime=config.runtime
-    ) as log:
-        report = PreferenceReport([comparison for comparison, _ in held_out], valid)
-        trainer = RewardTrainer(
-            model=model,
-            section=config.reward,
-            arguments=arguments,
-            collator=PairCollator(pad_id=tokenizer.pad_token_id),
-            train=train,
-            valid=valid,
-            measure=report,
-            callback=StageCallback(stage=stage, tokenizer=tokenizer, runtime=config.runtime, log=log, stop=stop),
-        )
-        train_to_end(trainer, start=start, stop=stop)
-        trainer.evaluate()
-        check_stop(trainer, stop)
-
-        # 4. Shift the scores so that the references of the training posts average 0, and publish.
-        scores = reference_scores(trainer, tokenizer, load_examples(data, "train")[:SHIFT_POSTS], config)
-        model.config.score_shift = float(scores.mean())
-        metrics = report.details | {
-            "reward/score_mean": float(scores.mean()),
-            "reward/score_std": float(scores.std()),
-        }
-        publish_model(
-            trainer,
-            stage=stage,
-            tokenizer=tokenizer,
-            metrics=json.dumps(metrics, indent=1),
-            keep=config.runtime.keep_checkpoints,
-        )
+    # 3. Train, look at the held-out pairs, shift the scores, publish.
+    collate = PairCollator(pad_id=tokenizer.pad_token_id)
+    scorer = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=config.prepare.batch_tokens)
+    evaluation = Evaluation(model, collate, held_out, size=config.reward.micro_batch_size)
+    task = Task(
+        section=config.reward,
+        model=model,
+        examples=pairs,
+        collate=collate,
+        count=counted_pairs,
+        loss=functools.partial(pair_loss, kind=config.reward.loss),
+        evaluate=evaluation,
+        finish=lambda _, interrupted: shift_scores(model, scorer, references, accelerator, evaluation, interrupted),
+    )
+    train(task, plan, accelerator, config=config, stage=stage, tokenizer=tokenizer, start=start, stop=stop)
 
 
 def encode_pairs(
@@ -127,8 +101,8 @@ def encode_pairs(
         chosen = encode_response(tokenizer, comparison.chosen, max_tokens=prompt.max_response_tokens)
         rejected = encode_response(tokenizer, comparison.rejected, max_tokens=prompt.max_response_tokens)
         if chosen != rejected:
-            pair = EncodedPair(prompt=token_ids(ids), chosen=token_ids(chosen), rejected=token_ids(rejected))
-            encoded.append((comparison, pair))
+            tokens = [token_ids(part) for part in (ids, chosen, rejected)]
+            encoded.append((comparison, EncodedPair(pair_id(comparison), *tokens)))
     if not encoded:
         raise DataError(
             f"none of {len(comparisons)} comparisons fits prompt.max_prompt_tokens={prompt.max_prompt_tokens} and "
@@ -140,39 +114,20 @@ def encode_pairs(
     return encoded
 
 
-class RewardTrainer(StageTrainer):
-    """Bradley-Terry on pairs."""
+def counted_pairs(batch: Batch) -> Tensor:
+    """How many pairs a batch holds."""
+    return batch["input_ids"].new_tensor(len(batch["input_ids"]) // 2)
 
-    loss_is_scaled_for_ga = False
-    section: RewardConfig
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Mean loss of the micro-batch's pairs."""
-        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-        scores_BT = model(ids_BT, mask_BT)
-        if self.section.loss == "last":
-            return pairwise_last_loss(*scores_at_end(scores_BT, mask_BT).chunk(2))
-        return pairwise_divergent_loss(*scores_BT.chunk(2), *ids_BT.chunk(2), *mask_BT.chunk(2))
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, None]:
-        """A row a pair: the raw scores of chosen and rejected."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            scores_BT = model(inputs["input_ids"], inputs["attention_mask"])
-            scores_2B = scores_at_end(scores_BT, inputs["attention_mask"]).float()
-        return None, torch.stack(scores_2B.chunk(2), dim=1), None
+def pair_loss(model: nn.Module, batch: Batch, *, kind: Literal["last", "divergent"]) -> Tensor:
+    """Bradley-Terry, summed over the batch's pairs."""
+    ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
+    scores_BT = model(ids_BT, mask_BT)
+    if kind == "last":
+        mean = pairwise_last_loss(*scores_at_end(scores_BT, mask_BT).chunk(2))
+    else:
+        mean = pairwise_divergent_loss(*scores_BT.chunk(2), *ids_BT.chunk(2), *mask_BT.chunk(2))
+    return mean * (len(ids_BT) // 2)
 
 
 def score_every_position(model: PreTrainedModel) -> None:
@@ -188,16 +143,23 @@ def scores_at_end(scores_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return scores_BT.gather(1, mask_BT.sum(dim=1, keepdim=True) - 1).squeeze(1)
 
 
-class PreferenceReport:
+class Evaluation:
     """Turns held-out scores into metrics: plain numbers for the curves, `details` for metrics.json."""
 
-    def __init__(self, comparisons: Sequence[Comparison], pairs: Sequence[EncodedPair]) -> None:
-        def known(values: Iterable[float | None]) -> NDArray[np.float64]:
-            return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        collate: PairCollator,
+        held_out: Sequence[tuple[Comparison, EncodedPair]],
+        *,
+        size: int,
+    ) -> None:
+        self.model, self.collate, self.size = model, collate, size
+        self.encoded = [pair for _, pair in held_out]
+        comparisons = [comparison for comparison, _ in held_out]
         self.pairs = Pairs(
-            chosen_tokens_N=known(len(pair.chosen) for pair in pairs),
-            rejected_tokens_N=known(len(pair.rejected) for pair in pairs),
+            chosen_tokens_N=known(len(pair.chosen) for pair in self.encoded),
+            rejected_tokens_N=known(len(pair.rejected) for pair in self.encoded),
             sources=[comparison.source for comparison in comparisons],
             margins_N=known(comparison.margin for comparison in comparisons),
             gold_chosen_N=known(comparison.extra.get("gold_chosen") for comparison in comparisons),
@@ -205,32 +167,72 @@ class PreferenceReport:
         )
         self.details: dict[str, Any] = {}
 
-    def __call__(self, rows_N2: NDArray[np.float32]) -> dict[str, float]:
-        """Keys `accuracy`, `ece` and so on. Raises ConfigError when a score is not finite."""
+    def __call__(self, interrupted: Interrupted) -> dict[str, float] | None:
+        """Keys `reward/accuracy`, `reward/ece` and so on; None when interrupted.
+
+        Raises DivergedError when a score is not finite.
+        """
+        rows_N2 = held_out_rows(self.encoded, self._scores, size=self.size, interrupted=interrupted)
+        if rows_N2 is None:
+            return None
         if not np.isfinite(rows_N2).all():
-            raise ConfigError("held-out scores are not finite; lower reward.optimizer.learning_rate")
+            raise DivergedError("held-out scores are not finite; lower reward.optimizer.learning_rate in a new run")
         chosen_N, rejected_N = rows_N2.astype(np.float64).T
         metrics = preference_metrics(chosen_N, rejected_N, self.pairs)
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        tables = {key: value for key, value in metrics.items() if key not in numbers}
-        self.details = {f"reward/{key}": value for key, value in numbers.items()} | tables
+        numbers = {f"reward/{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
+        tables = {key: value for key, value in metrics.items() if not isinstance(value, int | float)}
+        self.details = numbers | tables
         return numbers
 
+    def _scores(self, pairs: Sequence[EncodedPair]) -> Tensor:
+        """A row a pair: the raw scores of chosen and rejected."""
+        batch = {key: tensor.to(self.model.device) for key, tensor in self.collate(pairs).items()}
+        scores_BT = self.model(batch["input_ids"], batch["attention_mask"])
+        scores_2B = scores_at_end(scores_BT, batch["attention_mask"]).float()
+        return torch.stack(scores_2B.chunk(2), dim=1)
 
-def reference_scores(
-    trainer: RewardTrainer, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: Config
-) -> Tensor:
-    """Raw scores of the posts' reference summaries, on the CPU."""
+
+def known(values: Iterable[float | None]) -> NDArray[np.float64]:
+    """As an array, NaN where a value is not known."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def reference_sequences(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], prompt: PromptConfig
+) -> list[list[int]]:
+    """Token ids of posts with their reference summaries; posts that do not fit are left out, as in every stage."""
     sequences = []
     for example in examples:
         try:
-            prompt = encode_prompt(tokenizer, example.post, max_tokens=config.prompt.max_prompt_tokens)
+            encoded = encode_prompt(tokenizer, example.post, max_tokens=prompt.max_prompt_tokens)
         except ValueError:
-            continue  # such posts are left out of every stage
-        response = encode_response(tokenizer, example.summary, max_tokens=config.prompt.max_response_tokens)
-        sequences.append(prompt.ids + response)
-    model = trainer.model.eval()
+            continue
+        sequences.append(
+            encoded.ids + encode_response(tokenizer, example.summary, max_tokens=prompt.max_response_tokens)
+        )
+    return sequences
+
+
+def shift_scores(
+    model: PreTrainedModel,
+    scorer: Scorer,
+    references: Sequence[Sequence[int]],
+    accelerator: Accelerator,
+    evaluation: Evaluation,
+    interrupted: Interrupted,
+) -> dict[str, Any] | None:
+    """Make the references' scores average 0; returns what stands in metrics.json, None when interrupted."""
+    model.eval()
     model.config.score_shift = 0.0  # a resumed model may carry one
-    scorer = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=config.prepare.batch_tokens)
-    with trainer.accelerator.autocast():
-        return scorer.score(sequences)
+    scores: list[Tensor] = []
+    for start in range(0, len(references), SHIFT_CHUNK):
+        if interrupted():
+            return None
+        with accelerator.autocast():
+            scores.append(scorer.score(references[start : start + SHIFT_CHUNK]))
+    score_N = torch.cat(scores)
+    model.config.score_shift = float(score_N.mean())
+    return evaluation.details | {
+        "reward/score_mean": float(score_N.mean()),
+        "reward/score_std": float(score_N.std()),
+    }

@@ -8,11 +8,9 @@ Shapes: B batch, T token, K positions whose next token counts, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,77 +19,58 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import StageDir
 from rlhf.collate import IGNORED, EncodedExample, ExampleCollator, fitting_posts, token_ids
 from rlhf.config import Config, PromptConfig
 from rlhf.data import Example, load_examples
+from rlhf.errors import DivergedError
 from rlhf.generation import BuiltinEngine, Sampling
 from rlhf.models import load_policy, stamp_prompt_version
 from rlhf.prompt import decode_response, encode_prompt, encode_response
 from rlhf.rouge import rouge_scores
-from rlhf.runtime import StopSignal, agreed, from_first, prepare_runtime
+from rlhf.runtime import from_first, prepare_runtime
+from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
-from rlhf.trainer import (
-    StageTrainer,
-    check_stop,
-    plan_training,
-    publish_model,
-    remove_unpublished,
-    train_to_end,
-    training_arguments,
-)
-from rlhf.trainer_callbacks import StageCallback, TrainingLog
+from rlhf.training import train
+from rlhf.training_eval import held_out_rows
+from rlhf.training_setup import Batch, Interrupted, Task, make_accelerator, plan_training
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, run_dir: Path, stop: StopSignal) -> None:
+def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     """Fine-tune `fetch/final/base` on `fetch/final/data` and publish `sft/final`."""
     device = prepare_runtime(config.runtime, seed=config.seed)
-    fetched, stage = StageDir(run_dir, "fetch").final(), StageDir(run_dir, "sft")
-    remove_unpublished(stage)
+    fetched = StageDir(stage.run_dir, "fetch").final()
 
     # 1. Posts and summaries become token ids, once.
     tokenizer = load_tokenizer(fetched / "base", key="fetch/final/base")
-    train = encode_examples(tokenizer, load_examples(fetched / "data", "train"), prompt=config.prompt)
+    examples = encode_examples(tokenizer, load_examples(fetched / "data", "train"), prompt=config.prompt)
     valid_examples = load_examples(fetched / "data", "valid")
     valid = sorted(encode_examples(tokenizer, valid_examples, prompt=config.prompt), key=lambda e: e.length)
 
     # 2. The base model, or the newest checkpoint of an interrupted run.
-    plan = plan_training(config.sft, name="sft", examples=len(train))
-    arguments = training_arguments(
-        config.sft, stage=stage, plan=plan, runtime=config.runtime, device=device, seed=config.seed
-    )
+    plan = plan_training(config.sft, name="sft", examples=len(examples))
+    accelerator = make_accelerator(config.sft, name="sft", plan=plan, runtime=config.runtime, device=device)
     start = from_first(stage.latest)
     model = load_policy(start[1] if start else fetched / "base")
     stamp_prompt_version(model)
 
     # 3. Train, evaluate, publish.
-    with TrainingLog(
-        stage, total_steps=plan.total_steps, resumed_at=start[0] if start else None, runtime=config.runtime
-    ) as log:
-        trainer = SftTrainer(
-            model=model,
-            section=config.sft,
-            arguments=arguments,
-            collator=ExampleCollator(pad_id=tokenizer.pad_token_id, loss_on=config.sft.loss_on),
-            train=train,
-            valid=valid,
-            measure=SftMetrics(config, tokenizer, model, valid_examples, stop),
-            callback=StageCallback(stage=stage, tokenizer=tokenizer, runtime=config.runtime, log=log, stop=stop),
-        )
-        train_to_end(trainer, start=start, stop=stop)
-        metrics = {f"sft/{key}": value for key, value in trainer.evaluate().items()}
-        check_stop(trainer, stop)
-        publish_model(
-            trainer,
-            stage=stage,
-            tokenizer=tokenizer,
-            metrics=json.dumps(metrics, indent=1),
-            keep=config.runtime.keep_checkpoints,
-        )
+    collate = ExampleCollator(pad_id=tokenizer.pad_token_id, loss_on=config.sft.loss_on)
+    task = Task(
+        section=config.sft,
+        model=model,
+        examples=examples,
+        collate=collate,
+        count=counted_tokens,
+        loss=lambda model, batch: response_nll(model, batch)[0].sum(),
+        evaluate=Evaluation(config, tokenizer, model, collate, valid, valid_examples),
+        finish=lambda measured, _: measured,
+    )
+    train(task, plan, accelerator, config=config, stage=stage, tokenizer=tokenizer, start=start, stop=stop)
 
 
 def encode_examples(
@@ -104,11 +83,16 @@ def encode_examples(
     encoded = []
     for example, ids in fitting_posts(tokenizer, examples, max_tokens=prompt.max_prompt_tokens):
         response = encode_response(tokenizer, example.summary, max_tokens=prompt.max_response_tokens)
-        encoded.append(EncodedExample(prompt=token_ids(ids), response=token_ids(response)))
+        encoded.append(EncodedExample(example.post.id, prompt=token_ids(ids), response=token_ids(response)))
     return encoded
 
 
-def response_nll(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def counted_tokens(batch: Batch) -> Tensor:
+    """How many tokens of a batch count in the loss; the first of a row is predicted from nothing and never does."""
+    return (batch["labels"][:, 1:] != IGNORED).sum()
+
+
+def response_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats of each row's counted tokens, summed, and their number: nll_B, tokens_B."""
     keep_K = batch["logits_to_keep"]
     logits_BKV = model(
@@ -122,49 +106,19 @@ def response_nll(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Te
     return nll.view_as(targets_BK).sum(dim=1), (targets_BK != IGNORED).sum(dim=1)
 
 
-class SftTrainer(StageTrainer):
-    """Cross-entropy, averaged over the counted tokens of the whole batch, however it is split up."""
-
-    loss_is_scaled_for_ga = True
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """The micro-batch's part of the loss; num_items_in_batch counts over all micro-batches and processes."""
-        assert num_items_in_batch is not None, "the Trainer counts labels"
-        nll_B, _ = response_nll(model, inputs)
-        # Gradients are averaged over processes, but this is already a share of the whole.
-        return nll_B.sum() / num_items_in_batch * self.accelerator.num_processes
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, None]:
-        """A row an example: summed negative log-likelihood, and the number of tokens."""
-        with torch.no_grad():
-            nll_B, tokens_B = response_nll(model, self._prepare_inputs(inputs))
-        return None, torch.stack((nll_B, tokens_B.float()), dim=1), None
-
-
-class SftMetrics:
+class Evaluation:
     """Loss a token over the held-out posts, and ROUGE of greedy summaries of the first of them."""
 
     def __init__(
         self,
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
-        model: Any,
+        model: PreTrainedModel,
+        collate: ExampleCollator,
+        valid: Sequence[EncodedExample],
         examples: Sequence[Example],
-        stop: StopSignal,
     ) -> None:
-        self.config, self.tokenizer, self.model, self.stop = config, tokenizer, model, stop
+        self.config, self.tokenizer, self.model, self.collate, self.valid = config, tokenizer, model, collate, valid
         self.prompts: list[list[int]] = []
         self.references: list[str] = []
         for example in examples:
@@ -177,37 +131,54 @@ class SftMetrics:
             self.prompts.append(ids)
             self.references.append(example.summary)
 
-    def __call__(self, rows_N2: NDArray[np.float32]) -> dict[str, float]:
-        """Keys `eval_loss`, `eval_rouge1` and so on; asked to stop in between, the loss alone."""
-        nll, tokens = rows_N2.astype(np.float64).sum(axis=0)
-        metrics = {"eval_loss": float(nll / tokens)}
-        generated = self._summaries()
-        if generated is None:
-            return metrics
+    def __call__(self, interrupted: Interrupted) -> dict[str, float] | None:
+        """Keys `sft/eval_loss`, `sft/eval_rouge1` and so on; None when interrupted.
+
+        Raises DivergedError when the loss is not finite.
+        """
+        size = self.config.sft.micro_batch_size
+        rows_N2 = held_out_rows(self.valid, self._nll_and_tokens, size=size, interrupted=interrupted)
+        generated = None if rows_N2 is None else self._summaries(interrupted)
+        if rows_N2 is None or generated is None:
+            return None
         summaries, lengths, ended = generated
         rouge = rouge_scores(summaries, self.references)
-        metrics |= {f"eval_{name}": float(np.mean(values)) for name, values in rouge.items()}
-        return metrics | {"eval_response_tokens": float(np.mean(lengths)), "eval_ended": float(np.mean(ended))}
+        metrics = {"sft/eval_loss": loss_a_token(rows_N2)}
+        metrics |= {f"sft/eval_{name}": float(np.mean(values)) for name, values in rouge.items()}
+        return metrics | {"sft/eval_response_tokens": float(np.mean(lengths)), "sft/eval_ended": float(np.mean(ended))}
 
-    def _summaries(self) -> tuple[list[str], list[int], list[bool]] | None:
-        """Greedy summaries of the posts, their lengths in tokens and whether they ended; None when stopping."""
+    def _nll_and_tokens(self, examples: Sequence[EncodedExample]) -> Tensor:
+        batch = {key: tensor.to(self.model.device) for key, tensor in self.collate(examples).items()}
+        nll_B, tokens_B = response_nll(self.model, batch)
+        return torch.stack((nll_B, tokens_B.float()), dim=1)
+
+    def _summaries(self, interrupted: Interrupted) -> tuple[list[str], list[int], list[bool]] | None:
+        """Greedy summaries of the posts, their lengths in tokens and whether they ended; None when interrupted."""
         state = PartialState()
         engine = BuiltinEngine(self.model, eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id)
         sampling = Sampling(max_new_tokens=self.config.prompt.max_response_tokens, temperature=0.0)
         mine = list(range(state.process_index, len(self.prompts), state.num_processes))
         mine.sort(key=lambda index: len(self.prompts[index]))
-        at_once = self.config.evaluate.batch_size
+        at_once, most = self.config.evaluate.batch_size, math.ceil(len(self.prompts) / state.num_processes)
         rows: list[tuple[int, str, int, bool]] = []
-        for start in range(0, len(mine), at_once):
-            if self.stop.requested:
-                break
+        for start in range(0, most, at_once):
+            if interrupted():
+                return None
             chunk = mine[start : start + at_once]
+            if not chunk:
+                continue  # of the last post, on a process that has one less
             generation = engine.generate([self.prompts[index] for index in chunk], sampling)
             lengths = generation.response_mask_BR.sum(dim=1).tolist()
             for row, index in enumerate(chunk):
                 text = decode_response(self.tokenizer, generation.response_BR[row, : lengths[row]].tolist())
                 rows.append((index, text, lengths[row], bool(generation.ended_B[row])))
-        if agreed(self.stop.requested):
-            return None
         rows = sorted(gather_object(rows))
         return [row[1] for row in rows], [row[2] for row in rows], [row[3] for row in rows]
+
+
+def loss_a_token(rows_N2: NDArray[np.float32]) -> float:
+    """The mean over all tokens, from summed losses and numbers of tokens. Raises DivergedError unless finite."""
+    nll, tokens = rows_N2.astype(np.float64).sum(axis=0)
+    if not np.isfinite(nll):
+        raise DivergedError("the loss on held-out posts is not finite; lower sft.optimizer.learning_rate in a new run")
+    return float(nll / tokens)

@@ -1,0 +1,27 @@
+"""What watches a loop from outside: requests to stop, and work that hangs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.runtime import agreed
+from rlhf.stopping import StopSignal
+from rlhf.watchdog import Watchdog
+
+
+class Interrupted(Exception):
+    """Somebody asked to stop, and the learner is as a checkpoint can keep it."""
+
+
+@dataclass(frozen=True)
+class Oversight:
+    """What watches the loop: requests to stop, work that hangs."""
+
+    stop: StopSignal
+    watchdog: Watchdog
+
+    def heed(self) -> None:
+        """Between two pieces of work, on all processes: raises Interrupted when any was asked to stop."""
+        self.watchdog.beat()
+        if agreed(self.stop.requested):
+            raise Interrupted
