@@ -28,7 +28,7 @@ from rlhf.schedule import learning_rate_scheduler
 from rlhf.scoring import Scorer
 from rlhf.shares import check_ppo_shares
 from rlhf.tokenizer import load_tokenizer
-from rlhf.training_state import HostWeights
+from rlhf.training_state import HostState
 
 # Each use of chance has a stream of its own, so that none depends on what ran before it.
 PROMPTS, SAMPLING, SHUFFLE, EVALUATION = range(4)
@@ -57,7 +57,7 @@ class Learner:
     kl: FixedKl | AdaptiveKl
     moments: RunningMoments
     health: Health
-    weights: HostWeights
+    host: HostState
     iteration: int = 0
     best_reward: float = -math.inf
     unlogged: dict[str, float] | None = field(default_factory=dict)
@@ -156,5 +156,5 @@ def build_learner(config: Config, stage: StageDir) -> Learner:
         kl_controller(ppo),
         RunningMoments(),
         Health(stage, tolerate=config.runtime.max_bad_steps),
-        HostWeights(policy),
+        HostState(policy),
     )

@@ -22,7 +22,6 @@ from rlhf.experience import in_hand_state, load_in_hand
 from rlhf.health import check_finite
 from rlhf.models import load_policy
 from rlhf.ppo_setup import Learner
-from rlhf.saver import host_copy
 from rlhf.training_state import (
     OPTIMIZER_FILE,
     RANDOM_FILE,
@@ -30,7 +29,6 @@ from rlhf.training_state import (
     load_optimizer_tensors,
     load_random_states,
     load_schedule,
-    optimizer_tensors,
     random_states,
 )
 
@@ -40,14 +38,13 @@ VALUE_FILE = "value.safetensors"
 def snapshot(learner: Learner) -> Callable[[Path], None]:
     """Copy what training goes on changing to host memory; gives what writes it, with the rest, into a directory.
 
-    Every process has to call it.
+    Every process has to call it, once what was written before it is there (`Saver.wait`).
     """
     random, in_hand = random_states(), _everyones_in_hand(learner)
     if not learner.accelerator.is_main_process:
         return lambda directory: None
-    weights = learner.weights.copy()
-    value = host_copy(learner.actor.value_head.state_dict())
-    moments = host_copy(optimizer_tensors(learner.optimizer))
+    weights, moments = learner.host.weights(), learner.host.moments(learner.optimizer)
+    value = {name: tensor.to("cpu", copy=True) for name, tensor in learner.actor.value_head.state_dict().items()}
     state = json.dumps(_numbers(learner) | {"in_hand": [numbers for numbers, _ in in_hand]}, indent=1)
 
     def write(directory: Path) -> None:

@@ -47,7 +47,7 @@ class Saver:
     def save(self, step: int, write: Callable[[Path], None], *, final: bool = False, best: bool = False) -> None:
         """Wait for the save before, then publish in the background what `write` puts into a directory, and prune.
 
-        write must read nothing that the training goes on changing (`host_copy`). Raises what went wrong with the
+        write must read nothing that the training goes on changing (`HostBuffers`). Raises what went wrong with the
         save before: StorageError, LeaseLost.
         """
         self.wait()
@@ -80,15 +80,23 @@ class Saver:
             logger.debug("written step=%d seconds=%.1f", step, time.monotonic() - started)
 
 
-def host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in memory of their own on the CPU, as they are now; from a GPU in one go, through pinned memory."""
-    copies = {}
-    for name, tensor in tensors.items():
-        source = tensor.detach()
-        pinned = torch.empty_like(
-            source, device="cpu", memory_format=torch.contiguous_format, pin_memory=source.is_cuda
-        )
-        copies[name] = pinned.copy_(source, non_blocking=source.is_cuda)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
+class HostBuffers:
+    """Copies of tensors in host memory that is kept from save to save: fresh memory costs more time than the copy.
+
+    A copy is good until the next one; `Saver.wait` before that, for who still reads it in the background.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are now, contiguous; from a GPU through pinned memory."""
+        for name, tensor in tensors.items():
+            source, buffer = tensor.detach(), self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                self._buffers[name] = buffer
+            buffer.copy_(source, non_blocking=source.is_cuda)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return {name: self._buffers[name] for name in tensors}

@@ -18,7 +18,6 @@ from rlhf.errors import ConfigError, PrerequisiteError
 from rlhf.health import check_finite
 from rlhf.processes import is_first_process, process_count
 from rlhf.runtime import from_first, wait_for_all
-from rlhf.saver import host_copy
 from rlhf.training_setup import Learner, Session
 from rlhf.training_state import (
     OPTIMIZER_FILE,
@@ -27,7 +26,6 @@ from rlhf.training_state import (
     load_optimizer_tensors,
     load_random_states,
     load_schedule,
-    optimizer_tensors,
     random_states,
 )
 
@@ -43,9 +41,9 @@ def save_training(session: Session) -> None:
     if learner.engine is not None:
         publish_sharded(session, random)
     elif is_first_process():
-        saver.wait()  # before the copy: two of them might not fit into memory
-        numbers, weights = numbers_of(learner), learner.weights.copy()
-        moments = host_copy(optimizer_tensors(learner.optimizer))
+        saver.wait()  # before the copy, which goes where the one before it was
+        numbers, weights = numbers_of(learner), learner.host.weights()
+        moments = learner.host.moments(learner.optimizer)
 
         def write(directory: Path) -> None:
             write_model(session, weights, directory)
@@ -86,7 +84,7 @@ def publish_final(session: Session, metrics: dict[str, Any]) -> None:
     if learner.engine is not None:
         weights = learner.accelerator.get_state_dict(learner.model)
     elif is_first_process():
-        weights = learner.weights.copy()
+        weights = learner.host.weights()
     numbers = numbers_of(learner)
 
     def write(directory: Path) -> None:

@@ -30,7 +30,7 @@ from rlhf.schedule import learning_rate_scheduler
 from rlhf.shares import check_training_shares
 from rlhf.stopping import StopSignal
 from rlhf.telemetry import Metrics, Progress
-from rlhf.training_state import HostWeights
+from rlhf.training_state import HostState
 from rlhf.watchdog import Watchdog
 
 Batch = dict[str, Tensor]
@@ -176,7 +176,7 @@ class Learner:
     model: nn.Module  # the network as accelerate wraps it: its backward pass synchronises gradients
     optimizer: AcceleratedOptimizer
     schedule: LambdaLR
-    weights: HostWeights
+    host: HostState
     health: Health
     position: Position = field(default_factory=Position)
     saved_step: int = 0
@@ -232,6 +232,6 @@ def build_learner(task: Task, accelerator: Accelerator, plan: Plan, health: Heal
         network.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(network, config)
     schedule = learning_rate_scheduler(optimizer, total=plan.total_steps, config=config)
-    weights = HostWeights(network)
+    host = HostState(network)
     model, wrapped = accelerator.prepare(network, optimizer)
-    return Learner(plan, accelerator, network, model, wrapped, schedule, weights, health)
+    return Learner(plan, accelerator, network, model, wrapped, schedule, host, health)

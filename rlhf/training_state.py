@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf.saver import host_copy
+from rlhf.saver import HostBuffers
 
 OPTIMIZER_FILE, RANDOM_FILE, STATE_FILE = "optimizer.safetensors", "random.safetensors", "training_state.json"
 """Where a checkpoint keeps optimizer_tensors, random_states and its plain numbers."""
@@ -25,7 +25,7 @@ OPTIMIZER_FILE, RANDOM_FILE, STATE_FILE = "optimizer.safetensors", "random.safet
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimiser's moments and step counts as `<parameter's number>.<name>`; none before its first step.
 
-    The tensors are the optimiser's own: copy them before it goes on.
+    The tensors are the optimiser's own: copy them before it goes on (`HostState`).
     """
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": tensor for number, entry in state.items() for name, tensor in entry.items()}
@@ -104,21 +104,31 @@ def _known(value: Tensor) -> float | None:
     return float(value[0]) if len(value) else None
 
 
-class HostWeights:
-    """A model's weights in host memory, for a save in the background; those that never change are copied once."""
+class HostState:
+    """A model's weights and its optimiser's moments in host memory, for a save in the background.
+
+    A copy is good until the next one. Weights that never change are copied once.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         named = model.named_parameters(remove_duplicate=False)
         self._trained = {name for name, parameter in named if parameter.requires_grad}
         self._frozen: dict[str, Tensor] = {}
+        self._weights, self._moments = HostBuffers(), HostBuffers()
 
-    def copy(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The weights as `model.state_dict()` names them; names of one tensor there share their copy."""
         owner: dict[tuple[int, torch.Size], str] = {}
         weights = self._model.state_dict()
         owners = {name: owner.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in weights.items()}
         if not self._frozen:
-            self._frozen = host_copy({name: weights[name] for name in owner.values() if name not in self._trained})
-        copies = self._frozen | host_copy({name: weights[name] for name in owner.values() if name in self._trained})
+            still = {name: weights[name] for name in owner.values() if name not in self._trained}
+            self._frozen = HostBuffers().copy(still)
+        moved = {name: weights[name] for name in owner.values() if name in self._trained}
+        copies = self._frozen | self._weights.copy(moved)
         return {name: copies[first] for name, first in owners.items()}
+
+    def moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """What `optimizer_tensors` gives, copied."""
+        return self._moments.copy(optimizer_tensors(optimizer))

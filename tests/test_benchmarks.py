@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tests.benchmarks import saving
 from tests.benchmarks.service import measure, table
 
 
@@ -15,3 +18,9 @@ def test_the_service_benchmark_measures_every_load() -> None:
         "batched, half load",
     }
     assert len(table(results).splitlines()) == 1 + len(results)
+
+
+def test_the_saving_benchmark_measures_both_ways(tmp_path: Path) -> None:
+    found = saving.measure(tmp_path, megabytes=4, rounds=2)
+    assert 0 < found.waits < found.in_background
+    assert found.ratio == found.at_once / found.waits

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,6 +128,26 @@ def test_prune_keeps_what_any_link_names(stage: StageDir) -> None:
     stage.point("latest", "step-00000003")
     stage.prune(keep=1)
     assert [step for step, _ in stage.steps()] == [1, 2, 3, 4]
+
+
+def test_who_reads_final_is_not_disturbed_by_who_writes(held: StageDir) -> None:
+    publish(held, 1, "one", final=True)
+    reader, done, read = StageDir(held.run_dir, "sft"), threading.Event(), []
+
+    def read_on() -> None:
+        while not done.is_set():
+            read.append((reader.final().resolve() / "weights").read_text())
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    for step in range(2, 40):
+        publish(held, step, str(step), best=step % 3 == 0)
+        held.prune(keep=1)
+        held.write_text("progress.json", str(step))
+    done.set()
+    thread.join()
+    assert len(read) > 5
+    assert set(read) == {"one"}
 
 
 def test_settings_lie_in_every_directory(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -185,3 +186,12 @@ def test_a_lease_that_cannot_be_read_is_waited_for(folder: Path) -> None:
     (room / "lease.json").write_text("garbage")
     with take_lease(folder, seconds=SOON) as lease:
         assert lease.token == 4
+
+
+def test_runs_and_stages_have_leases_of_their_own(tmp_path: Path) -> None:
+    folders = [tmp_path / run / stage for run in ("one", "two") for stage in ("sft", "ppo")]
+    with ExitStack() as held:
+        leases = [held.enter_context(take_lease(folder, seconds=60)) for folder in folders]
+        for lease in leases:
+            lease.check()
+        assert [lease.token for lease in leases] == [1, 1, 1, 1]

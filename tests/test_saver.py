@@ -11,7 +11,7 @@ import torch
 
 from rlhf.checkpoint import StageDir
 from rlhf.errors import StopRequested, StorageError
-from rlhf.saver import Saver, host_copy
+from rlhf.saver import HostBuffers, Saver
 from rlhf.telemetry import Metrics
 
 
@@ -90,12 +90,17 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_follows_them(
     assert order == ["metrics", "checkpoint"]
 
 
-def test_a_host_copy_is_of_its_own(stage: StageDir) -> None:
+def test_a_host_copy_is_of_its_own_and_its_memory_is_kept() -> None:
+    host = HostBuffers()
     weights = {"a": torch.arange(6.0).reshape(2, 3).t(), "b": torch.ones(2, dtype=torch.bfloat16)}
-    copies = host_copy(weights)
+    copies = host.copy(weights)
     expected = {name: tensor.clone() for name, tensor in weights.items()}
     for tensor in weights.values():
         tensor.zero_()
     assert all(torch.equal(copies[name], expected[name]) for name in weights)
     assert copies["a"].is_contiguous()
     assert copies["b"].dtype == torch.bfloat16
+    again = host.copy(weights)
+    assert all(again[name].data_ptr() == copies[name].data_ptr() for name in weights)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert host.copy({"a": torch.ones(1)})["a"].shape == (1,)

@@ -308,6 +308,7 @@ def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor)
 def save(learner: Learner, saver: Saver, *, final: bool = False, best: bool = False) -> None:
     """Publish the state as it is now, in the background; `learner.save_seconds` tells how long training stood still."""
     started = time.monotonic()
+    saver.wait()
     saver.save(learner.iteration, snapshot(learner), final=final, best=best)
     learner.saved_at, learner.save_seconds = learner.place, time.monotonic() - started
 
