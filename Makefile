@@ -24,8 +24,8 @@ RLHF := $(BIN)/python -m rlhf
 
 .DEFAULT_GOAL := help
 DEPLOYMENTS := deploy-fetch deploy-sft deploy-reward deploy-prepare deploy-ppo deploy-evaluate deploy-api deploy-tensorboard deploy-all
-.PHONY: help setup demo demo-seeds report serve bench-service image $(DEPLOYMENTS) undeploy cluster-status cluster-logs \
-  e2e test lint format docs lock clean
+.PHONY: help setup demo demo-seeds report serve bench-service bench-saving bench-memory image $(DEPLOYMENTS) undeploy cluster-status cluster-logs \
+  e2e chaos fuzz test lint format docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -60,6 +60,12 @@ serve: setup ## serve the run RUN (the demo) on http://127.0.0.1:8000
 bench-service: setup ## what batching gains the service, on this machine
 	$(BIN)/python -m tests.benchmarks.service
 
+bench-saving: setup ## how long training stands still for a checkpoint
+	$(BIN)/python -m tests.benchmarks.saving
+
+bench-memory: setup ## whether PPO's memory stays flat over 1,500 iterations
+	$(BIN)/python -m tests.benchmarks.memory --iterations 1500 --warm-up 300
+
 image: ## build the image with docker or buildah: ACCELERATOR=cuda or cpu, IMAGE, PIP_ARGS, BUILD_ARGS
 	@if docker info >/dev/null 2>&1; then builder="docker build"; \
 	elif command -v buildah >/dev/null; then builder="buildah bud --layers --format docker"; \
@@ -84,6 +90,14 @@ cluster-logs: setup ## follow the log of STAGE in the cluster
 
 e2e: setup ## the whole pipeline on the cluster that KUBECONFIG names, or on a kind cluster made for it
 	RLHF_E2E=1 $(BIN)/python -m pytest tests/e2e -v
+
+chaos: setup ## kill every stage dozens of times, fail every system call of a save, have writers fight; about half an hour
+	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.chaos.fight
+
+fuzz: setup ## feed every reader of files and texts what it does not expect; needs atheris: .venv/bin/pip install atheris
+	$(BIN)/python -m tests.fuzz.atheris_fuzz $(ARGS)
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
