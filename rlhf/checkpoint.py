@@ -17,7 +17,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,8 @@ class StageDir:
     def remove_unfinished(self) -> None:
         """Clear what a killed process left half-written."""
         for leftover in self.path.glob(f"{UNFINISHED}*"):
-            remove(leftover)
+            with self._writing(), suppress(FileNotFoundError):
+                remove(self._hide(leftover))
 
     def check(self) -> None:
         """Raise LeaseLost when another process has taken the stage over."""

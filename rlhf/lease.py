@@ -306,9 +306,9 @@ def _empty(away: Path) -> None:
     give nor take a name. Two processes may do this at once.
     """
     emptied = away.with_name(unfinished_name("fenced"))
-    emptied.mkdir()
     while True:
         try:
+            emptied.mkdir(exist_ok=True)  # another process that starts clears what looks like a leftover
             for entry in list(away.iterdir()):
                 with suppress(FileNotFoundError):  # its holder has shown it in the last moment, whole
                     os.rename(entry, emptied / uuid.uuid4().hex)
