@@ -102,8 +102,8 @@ class StageDir:
 
         Damaged ones are reported; who holds the lease sets them aside. Raises PrerequisiteError when none is good.
         """
-        damaged: list[Path] = []
-        for step, directory in reversed(self.steps()):
+        listed, damaged = self.steps(), list[Path]()
+        for step, directory in reversed(listed):
             try:
                 verify(directory)
             except DamagedCheckpoint as damage:
@@ -116,6 +116,9 @@ class StageDir:
             if (named := self.named("latest")) and not (self.path / named).exists():
                 logger.warning("%s leads nowhere; going on from %s", self.path / "latest", directory.name)
             return step, directory
+        self.check()
+        if self.steps() != listed:  # somebody has published and pruned while we looked
+            return self.latest()
         if damaged or self.named("latest"):
             what = f"none of the {len(damaged)} checkpoints is good" if damaged else "`latest` leads nowhere"
             raise PrerequisiteError(

@@ -178,7 +178,10 @@ def take_lease(stage_path: Path, *, seconds: float) -> Lease:
         for leftover in stage_path.glob(f"{FENCED}*"):  # which somebody else may still be emptying
             _empty(leftover)
         sync(stage_path)
-        return Lease(room, token, claim)
+        try:
+            return Lease(room, token, claim)
+        except FileNotFoundError as error:  # overtaken before it had begun
+            raise LeaseHeld(_held(stage_path, look(stage_path).claim)) from error
 
 
 def look(stage_path: Path) -> Sight:

@@ -187,6 +187,16 @@ def test_without_any_good_step_the_remedy_is_named_and_nothing_begins_anew(held:
     assert caught.value.exit_code == 66
 
 
+def test_who_looks_while_another_prunes_looks_again(stage: StageDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(stage, 1, "one")
+    listed = stage.steps()
+    publish(stage, 2, "two")
+    stage.prune(keep=1)
+    answers = iter([listed, *[stage.steps()] * 9])
+    monkeypatch.setattr(stage, "steps", lambda: next(answers))
+    assert stage.latest() == (2, stage.path / "step-00000002")
+
+
 def test_a_stale_link_is_passed_over(held: StageDir, caplog: pytest.LogCaptureFixture) -> None:
     publish(held, 1, "one")
     held.point("latest", "step-00000009")

@@ -136,6 +136,12 @@ def test_who_looked_at_an_old_state_withdraws(folder: Path, monkeypatch: pytest.
         assert sorted(path.name for path in folder.iterdir()) == [".writer-00000001", ".writer-00000009"]
 
 
+def test_who_is_overtaken_before_it_has_begun_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.lease.sync", lambda path: lease_module._fence(folder / ".writer-00000001"))
+    with pytest.raises(LeaseHeld):
+        take_lease(folder, seconds=60)
+
+
 class take_over:  # noqa: N801 - reads as a statement
     """A room of a higher token, made and removed."""
 
