@@ -91,10 +91,12 @@ cluster-logs: setup ## follow the log of STAGE in the cluster
 e2e: setup ## the whole pipeline on the cluster that KUBECONFIG names, or on a kind cluster made for it
 	RLHF_E2E=1 $(BIN)/python -m pytest tests/e2e -v
 
-chaos: setup ## kill every stage dozens of times, fail every system call of a save, have writers fight; about half an hour
-	$(BIN)/python -m tests.chaos
+chaos: setup ## kill every stage dozens of times, have writers fight, fail every system call of a save; half an hour
+	$(BIN)/python -m tests.chaos --kills 30
+	$(BIN)/python -m tests.chaos --kills 4 --anew
+	$(BIN)/python -m tests.chaos.together --kills 5
+	$(BIN)/python -m tests.chaos.fight --seconds 60
 	$(BIN)/python -m tests.faults
-	$(BIN)/python -m tests.chaos.fight
 
 fuzz: setup ## feed every reader of files and texts what it does not expect; needs atheris: .venv/bin/pip install atheris
 	$(BIN)/python -m tests.fuzz.atheris_fuzz $(ARGS)
