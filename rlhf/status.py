@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.checkpoint import StageDir
 from rlhf.data import is_number
 from rlhf.errors import PrerequisiteError
+from rlhf.lease import is_dead, look
 from rlhf.pipeline import STAGE_NAMES
 
 SILENT_SECONDS = 60
@@ -26,13 +27,19 @@ def stage_status(run_dir: Path, stage: str) -> dict[str, Any]:
         state = "not begun"
     else:
         silent = time.time() - progress.get("updated", 0)
-        state = "running" if silent < SILENT_SECONDS else "stopped"
+        state = "running" if silent < SILENT_SECONDS and not _has_ended(directory.path) else "stopped"
     return {
         "stage": stage,
         "state": state,
         "saved_step": steps[-1][0] if steps else None,
         "progress": progress,
     }
+
+
+def _has_ended(stage_path: Path) -> bool:
+    """Whether the lease says so: given back, or its holder died on this machine."""
+    claim = look(stage_path).claim
+    return claim is not None and (claim.released or is_dead(claim.holder))
 
 
 def status_table(run_dir: Path) -> str:

@@ -10,8 +10,10 @@ import pytest
 
 from rlhf.__main__ import main
 from rlhf.checkpoint import StageDir
+from rlhf.lease import take_lease
 from rlhf.pipeline import check_settings
 from rlhf.presets import load_config
+from rlhf.status import stage_status
 from tests.conftest import REPOSITORY
 
 
@@ -120,6 +122,14 @@ def test_status_tells_each_stage(tmp_path: Path, capsys) -> None:
     assert lines[2] == ["sft", "running", "sft: 5 of 20 steps, about 1 min 15 s left"]
     assert lines[3] == ["reward", "stopped", "reward: 5 of 20 steps"]
     assert lines[4] == ["prepare", "not", "begun"]
+
+
+def test_a_stage_that_was_left_is_stopped_at_once(tmp_path: Path) -> None:
+    progress = {"stage": "sft", "done": 5, "total": 20, "unit": "steps", "seconds_left": 75, "updated": time.time()}
+    with take_lease(tmp_path / "mine" / "sft", seconds=60):
+        (tmp_path / "mine" / "sft" / "progress.json").write_text(json.dumps(progress))
+        assert stage_status(tmp_path / "mine", "sft")["state"] == "running"
+    assert stage_status(tmp_path / "mine", "sft")["state"] == "stopped"
 
 
 def test_the_termination_log_gets_the_line(tmp_path: Path, monkeypatch, capsys) -> None:
