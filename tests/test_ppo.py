@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from rlhf.checkpoint import StageDir
@@ -344,6 +345,23 @@ def test_a_gradient_that_is_not_finite_moves_nothing(run_dir: Path) -> None:
     experience.advantages_BR[0, 0] = 0.0
     assert ppo.optimise_minibatch(learner, experience, torch.arange(4)) is not None
     assert learner.health.is_well
+
+
+def test_a_loss_scale_may_be_sought_but_not_collapse(run_dir: Path) -> None:
+    """With float16 on a GPU; here a scaler on the CPU stands in for it."""
+    learner = build_learner(config(), StageDir(run_dir, "ppo"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    learner.accelerator.scaler = scaler
+    learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, scaler=scaler)
+    rows = load_environment(run_dir / "prepare" / "final", "train")[:4]
+    rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
+    experience, _ = ppo.learn_from(learner, rollouts)
+    experience.advantages_BR[0, 0] = float("inf")
+    before = {name: tensor.clone() for name, tensor in learner.actor.state_dict().items()}
+    for scale, skipped in ((2.0, 0), (1.0, 0), (0.5, 1), (0.25, 2)):
+        assert ppo.optimise_minibatch(learner, experience, torch.arange(4)) is None
+        assert (scaler.get_scale(), learner.health.skipped) == (scale, skipped)
+    assert same(before, learner.actor.state_dict())
 
 
 def test_weights_that_are_not_finite_are_never_published(run_dir: Path, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.advantages import gae, k1, k3, token_rewards, whiten
@@ -123,12 +122,12 @@ def iterate(learner: Learner, rows: list[EnvironmentRow], oversight: Oversight) 
     with watch("train"):
         optimise(learner, learner.in_hand, oversight)
     values = learner.in_hand.values | average(learner.in_hand.seen) | times(watch)
-    values["time/save_seconds"] = learner.save_seconds
     tokens = values["ppo/response_tokens"] * learner.config.ppo.rollouts_per_iteration
     spent = sum(seconds for key, seconds in values.items() if key.startswith("time/"))
+    values |= {"ppo/tokens_per_second": tokens / spent, "time/save_seconds": learner.save_seconds}
     learner.kl.update(values["ppo/kl"], learner.config.ppo.rollouts_per_iteration)
     learner.iteration, learner.in_hand, learner.save_seconds = learner.iteration + 1, None, 0.0
-    learner.unlogged = values | {"ppo/tokens_per_second": tokens / spent}
+    learner.unlogged = values
 
 
 def skip_iteration(learner: Learner, values: dict[str, float], reason: str, ids: list[str]) -> None:
@@ -250,7 +249,7 @@ def minibatches(learner: Learner) -> list[Tensor]:
 def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor) -> dict[str, float] | None:
     """One optimiser step; the gradient is that of the mean over all tokens of the minibatch on all processes.
 
-    None when a number went wrong, so that the step was skipped.
+    Its metrics; None when a number went wrong, so that the step was skipped.
     """
     ppo, accelerator = learner.config.ppo, learner.accelerator
     tokens = learner.sum_over_processes(experience.mask_BR[picked].sum().double())
@@ -288,21 +287,28 @@ def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor)
             "ppo/value_clip_fraction": value_stats["clip_fraction"],
         }
         totals = {key: totals.get(key, 0.0) + share * value for key, value in stats.items()}
-    grad_norm = accelerator.clip_grad_norm_(learner.actor.trainable_parameters(), ppo.optimizer.max_grad_norm)
+    return take_step(learner, totals, ids=[experience.rollouts[i].row.id for i in picked.tolist()])
+
+
+def take_step(learner: Learner, totals: dict[str, Tensor], *, ids: list[str]) -> dict[str, float] | None:
+    """Clip the gradients and move the weights, unless the gradients are not finite; ids are the minibatch's posts."""
+    accelerator, optimizer = learner.accelerator, learner.config.ppo.optimizer
+    grad_norm = float(accelerator.clip_grad_norm_(learner.actor.trainable_parameters(), optimizer.max_grad_norm))
     values = learner.sum_values(totals)
-    values |= {"ppo/grad_norm": float(grad_norm), "ppo/learning_rate": learner.optimizer.param_groups[0]["lr"]}
-    sound = math.isfinite(float(grad_norm))
-    if sound or is_finding_scale(accelerator):
+    values |= {"ppo/grad_norm": grad_norm, "ppo/learning_rate": learner.optimizer.param_groups[0]["lr"]}
+    sound = math.isfinite(grad_norm)
+    if sound or accelerator.scaler is not None:  # which skips such a step by itself, and takes a smaller scale
         learner.optimizer.step()
     # By its number: torch's own step() complains where the optimiser's was skipped.
     load_schedule(learner.schedule, learner.schedule.last_epoch + 1)
     learner.optimizer.zero_grad()
     if sound:
         learner.health.fine()
-    elif not is_finding_scale(accelerator):
-        ids = everyones([experience.rollouts[i].row.id for i in picked.tolist()])
-        learner.health.skip(learner.iteration + 1, "the gradient is not finite", ids)
-    return values if sound else None
+        return values
+    # With float16, infinities are part of finding the loss scale; one below 1 has collapsed.
+    if accelerator.scaler is None or accelerator.scaler.get_scale() < 1.0:
+        learner.health.skip(learner.iteration + 1, "the gradient is not finite", everyones(ids))
+    return None
 
 
 def save(learner: Learner, saver: Saver, *, final: bool = False, best: bool = False) -> None:
@@ -320,11 +326,6 @@ def leave(learner: Learner, saver: Saver) -> NoReturn:
     saver.wait()
     wait_for_all()
     raise StopRequested("stopped on request, the state is saved; run the same command again to continue")
-
-
-def is_finding_scale(accelerator: Accelerator) -> bool:
-    """With float16, infinities are part of finding the loss scale; one below 1 has collapsed."""
-    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1.0
 
 
 def everyones(ids: list[str]) -> list[str]:
