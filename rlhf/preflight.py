@@ -54,7 +54,7 @@ def check_prerequisites(stage: Stage, run_dir: Path) -> Iterator[str]:
 
 
 def check_volume(runs_dir: Path, directory: Path) -> str:
-    """Whether this user can make, sync, rename and remove a file in `directory`, or where it will be made.
+    """Whether this user can make, sync, rename, link to and remove a file in `directory`, or where it will be made.
 
     Raises StorageError.
     """
@@ -67,12 +67,32 @@ def check_volume(runs_dir: Path, directory: Path) -> str:
             file.write("written by `rlhf check`\n")
             file.flush()
             os.fsync(file.fileno())
+        _check_links(probe)
         probe.rename(probe.with_suffix(".renamed")).unlink()
     except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error.strerror}; {_who(directory)}") from error
+    finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-        raise StorageError(f"{directory} cannot be written: {error.strerror}; {_who(directory)}") from error
     return f"volume: {directory} can be written"
+
+
+def _check_links(probe: Path) -> None:
+    """`final` and its like are symbolic links, replaced by renames. Raises StorageError for a volume without."""
+    link, again = probe.with_suffix(".link"), probe.with_suffix(".again")
+    try:
+        link.symlink_to(probe.name)
+        again.symlink_to(probe.name)
+        os.replace(again, link)
+    except OSError as error:
+        raise StorageError(
+            f"{probe.parent} takes no symbolic links ({error.strerror}); use a volume that does: NFS, CephFS or "
+            "Lustre, not SMB"
+        ) from error
+    finally:
+        for path in (link, again):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def check_gpus(asked: int, *, device: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import shutil
 import subprocess
@@ -119,6 +120,17 @@ def test_batches_that_do_not_divide_among_all_processes(run: Run, monkeypatch: p
     code, found, line = check(run, "ppo")
     assert (code, found) == (78, [])
     assert "does not divide among 24 processes" in line
+
+
+def test_a_volume_without_symbolic_links(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: str) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    code, _, line = check(run, "fetch")
+    assert code == 74
+    assert "takes no symbolic links (Operation not supported); use a volume that does: NFS" in line
+    assert [path for path in run[0].rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(
