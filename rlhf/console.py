@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from rlhf.errors import UsageError
 
+LAST_WORDS = "RLHF_LAST_WORDS"
+"""The environment variable that names the file for them, in a process that a launcher has started."""
 TERMINATION_LOG = Path("/dev/termination-log")
 
 
@@ -32,8 +34,10 @@ def ignore_signals() -> None:
 
 
 def report_failure(line: str) -> None:
-    """Say it in one line on stderr, and where Kubernetes reads why a container ended."""
+    """Say it in one line on stderr, and where Kubernetes and a launcher read why a process ended."""
     line = " ".join(line.split())
     sys.stderr.write(f"{line}\n")
+    if words := os.environ.get(LAST_WORDS):
+        Path(words).write_text(line, encoding="utf-8")
     if TERMINATION_LOG.exists() and os.access(TERMINATION_LOG, os.W_OK):
         TERMINATION_LOG.write_text(line[:4096], encoding="utf-8")

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from rlhf.__main__ import attempt
-from rlhf.console import ignore_signals
-from rlhf.launcher.outcome import leave, stopped_early
+from rlhf.console import LAST_WORDS, ignore_signals
+from rlhf.launcher.outcome import leave, stopped_early, words_of
 from rlhf.processes import die_with
 
 
@@ -23,6 +23,7 @@ def main() -> int:
     die_with(int(os.environ["RLHF_AGENT_PID"]))
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        os.environ[LAST_WORDS] = str(folder / words_of(local_rank))
         (folder / f"begun-{local_rank}").touch()
         code, line = attempt(sys.argv[2:])
     except KeyboardInterrupt:

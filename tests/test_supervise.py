@@ -73,6 +73,15 @@ def test_one_that_was_killed_is_the_cause_of_the_others_exception(watch: Watch) 
     assert outcome.line.startswith("process 0 was ended by SIGKILL")
 
 
+def test_one_that_ended_itself_has_said_why(watch: Watch) -> None:
+    begun(watch)
+    (watch.folder / "words-0").write_text("rlhf: no step was done for 1800 s")
+    leave(watch.folder, 1, 70, "RuntimeError: Connection closed by peer")
+    report(watch, failed={"0": [1, 100], "1": [70, 100]})
+    outcome = watch.outcome()
+    assert (outcome.code, outcome.line) == (1, "no step was done for 1800 s")
+
+
 def test_a_stop_that_one_process_did_not_manage(watch: Watch) -> None:
     begun(watch)
     leave(watch.folder, 0, 75, "stopped on request")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,17 @@ def test_a_hang_ends_with_all_stacks_and_a_code_that_is_retried(how: str) -> Non
     assert "in stuck_here" in ended.stderr
     if how == "in Python":
         assert ended.stderr.splitlines()[-1].startswith("rlhf: no step was done for 0.5 s (runtime.hang_after_seconds)")
+
+
+def test_a_launcher_is_told_why(tmp_path: Path) -> None:
+    words = tmp_path / "words-0"
+    code = "import threading\nfrom rlhf.watchdog import Watchdog\nwith Watchdog(0.3):\n    threading.Event().wait()"
+    environment = os.environ | {"RLHF_LAST_WORDS": str(words)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, env=environment, timeout=120, check=False
+    )
+    assert ended.returncode == 1
+    assert words.read_text().startswith("rlhf: no step was done for 0.3 s")
 
 
 def test_beats_keep_it_quiet() -> None:

@@ -34,6 +34,11 @@ def leave(folder: Path, local_rank: int, code: int, line: str) -> None:
     os.replace(beside, folder / f"{local_rank}.json")
 
 
+def words_of(local_rank: int) -> str:
+    """The file for the last words of a process that ends itself without an outcome, as a watchdog does."""
+    return f"words-{local_rank}"
+
+
 def read_outcomes(folder: Path) -> dict[int, Outcome]:
     """What has been left so far, by local rank."""
     return {int(path.stem): Outcome(**json.loads(path.read_text("utf-8"))) for path in folder.glob("[0-9]*.json")}

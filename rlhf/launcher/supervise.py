@@ -26,6 +26,7 @@ from rlhf.launcher.outcome import (
     read_outcomes,
     stopped_early,
     verdict,
+    words_of,
 )
 from rlhf.launcher.peers import Peers
 
@@ -128,7 +129,11 @@ class Watch:
         """What became of a process that left nothing."""
         now = time.time()
         if str(rank) in report.get("failed", {}):
-            return ended_with(*report["failed"][str(rank)], local_rank=rank)
+            code, when = report["failed"][str(rank)]
+            words = self.folder / words_of(rank)
+            if words.is_file():
+                return Outcome(code, words.read_text(encoding="utf-8").removeprefix("rlhf: "), when)
+            return ended_with(code, when, local_rank=rank)
         if not (self.folder / f"begun-{rank}").exists():
             if self.asked_to_stop:
                 return stopped_early(now)
