@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import PrerequisiteError, RlhfError, UsageError
-from rlhf.lease import Lease, remove
+from rlhf.lease import Lease
 from rlhf.processes import is_first_process
-from rlhf.storage import UNFINISHED, sha256, storage_errors, sync, unfinished_name, write_synced
+from rlhf.storage import UNFINISHED, remove, sha256, storage_errors, sync, unfinished_name, write_synced
 
 logger = logging.getLogger(__name__)
 

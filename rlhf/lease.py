@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import socket
 import threading
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rlhf.errors import StopRequested
-from rlhf.storage import storage_errors, sync, unfinished_name, write_synced
+from rlhf.storage import remove, storage_errors, sync, unfinished_name, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -323,15 +322,6 @@ def _empty(away: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     remove(emptied)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as the volume lets us; the next start tries again."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _who(claim: Claim | None) -> str:

@@ -20,8 +20,12 @@ class Oversight:
     stop: StopSignal
     watchdog: Watchdog
 
-    def heed(self) -> None:
-        """Between two pieces of work, on all processes: raises Interrupted when any was asked to stop."""
+    def asked(self) -> bool:
+        """Between two pieces of work, on all processes: whether any was asked to stop; a sign of life, too."""
         self.watchdog.beat()
-        if agreed(self.stop.requested):
+        return agreed(self.stop.requested)
+
+    def heed(self) -> None:
+        """As `asked`, but raises Interrupted."""
+        if self.asked():
             raise Interrupted

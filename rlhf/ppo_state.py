@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rlhf.environment import EnvironmentRow
 from rlhf.errors import ConfigError
@@ -22,6 +20,7 @@ from rlhf.experience import in_hand_state, load_in_hand
 from rlhf.health import check_finite
 from rlhf.models import load_policy
 from rlhf.ppo_setup import Learner
+from rlhf.runtime import from_all
 from rlhf.training_state import (
     OPTIMIZER_FILE,
     RANDOM_FILE,
@@ -40,7 +39,8 @@ def snapshot(learner: Learner) -> Callable[[Path], None]:
 
     Every process has to call it, once what was written before it is there (`Saver.wait`).
     """
-    random, in_hand = random_states(), _everyones_in_hand(learner)
+    random = random_states()
+    in_hand = from_all(in_hand_state(learner.in_hand)) if learner.in_hand else []
     if not learner.accelerator.is_main_process:
         return lambda directory: None
     weights, moments = learner.host.weights(), learner.host.moments(learner.optimizer)
@@ -96,18 +96,6 @@ def _numbers(learner: Learner) -> dict[str, Any]:
         "schedule_steps": learner.schedule.last_epoch,
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
-
-
-def _everyones_in_hand(learner: Learner) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """The rollouts in hand of each process, on the first; empty between iterations."""
-    if learner.in_hand is None:
-        return []
-    mine = in_hand_state(learner.in_hand)
-    if not torch.distributed.is_initialized():
-        return [mine]
-    everyones: list[Any] = [None] * learner.accelerator.num_processes
-    torch.distributed.all_gather_object(everyones, mine)
-    return everyones
 
 
 def _load_in_hand(

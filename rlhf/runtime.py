@@ -118,6 +118,15 @@ def from_first(find: Callable[[], T]) -> T:
     return found  # type: ignore[return-value]
 
 
+def from_all(mine: T) -> list[T]:
+    """What each process has, by rank, on all; every process has to call it."""
+    if not torch.distributed.is_initialized():
+        return [mine]
+    everyones: list[T | None] = [None] * process_count()
+    torch.distributed.all_gather_object(everyones, mine)
+    return everyones  # type: ignore[return-value]
+
+
 def agreed(flag: bool) -> bool:
     """Whether the flag is up on any process; the answer is the same on all."""
     if not torch.distributed.is_initialized():

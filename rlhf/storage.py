@@ -6,9 +6,10 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -48,7 +49,7 @@ def write_text_atomically(path: Path, text: str) -> None:
             write_synced(beside, text)
             os.replace(beside, path)
         except BaseException:
-            remove_quietly(beside)
+            remove(beside)
             raise
         sync(path.parent)
 
@@ -61,12 +62,13 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def remove_quietly(path: Path) -> None:
-    """Remove a file that may be gone, on a volume that may refuse even that."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return  # the next start cleans up
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as the volume lets us; the next start tries again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def sha256(path: Path) -> str:

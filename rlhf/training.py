@@ -31,6 +31,7 @@ from rlhf.collate import LengthGroupedSampler, micro_batches
 from rlhf.config import Config
 from rlhf.errors import StopRequested
 from rlhf.health import Health
+from rlhf.oversight import Oversight
 from rlhf.processes import is_first_process
 from rlhf.runtime import wait_for_all
 from rlhf.saver import Saver
@@ -87,7 +88,8 @@ def train(
         Saver(stage, keep=runtime.keep_checkpoints, metrics=metrics) as saver,
         Watchdog(runtime.hang_after_seconds) as watchdog,
     ):
-        session = Session(task, learner, tokenizer, stage, runtime, metrics, progress, saver, watchdog, stop)
+        oversight = Oversight(stop, watchdog)
+        session = Session(task, learner, tokenizer, stage, runtime, metrics, progress, saver, oversight)
         measured = train_to_end(session, seed=config.seed)
         saver.wait()  # the last step's save reads the model's config, which a stage may change now
         numbers = task.finish(measured, session.interrupted)
@@ -156,7 +158,7 @@ def optimise(session: Session, parts: Sequence[Sequence[int]]) -> Step:
             # Gradients are averaged over processes, but this is already a share of the whole.
             backward(learner, part * learner.processes, last=last)
         loss += part.detach()
-        session.watchdog.beat()
+        session.oversight.watchdog.beat()
     whole = float(learner.total(loss))
     rate = float(learner.schedule.get_last_lr()[0])
     grad_norm, wrong = update(learner, whole, clip=task.section.optimizer.max_grad_norm)
@@ -253,7 +255,7 @@ def save(session: Session) -> None:
     started = time.monotonic()
     save_training(session)
     session.learner.position.window.save_seconds += time.monotonic() - started
-    session.watchdog.beat()
+    session.oversight.watchdog.beat()
 
 
 def leave(session: Session) -> NoReturn:

@@ -23,15 +23,14 @@ from rlhf.config import OptimizerConfig, RewardConfig, RuntimeConfig, SftConfig
 from rlhf.deepspeed_settings import deepspeed_file, deepspeed_settings
 from rlhf.errors import ConfigError
 from rlhf.health import Health
+from rlhf.oversight import Oversight
 from rlhf.processes import process_count
-from rlhf.runtime import ACCELERATE_PRECISION, agreed
+from rlhf.runtime import ACCELERATE_PRECISION
 from rlhf.saver import Saver
 from rlhf.schedule import learning_rate_scheduler
 from rlhf.shares import check_training_shares
-from rlhf.stopping import StopSignal
 from rlhf.telemetry import Metrics, Progress
 from rlhf.training_state import HostState
-from rlhf.watchdog import Watchdog
 
 Batch = dict[str, Tensor]
 Interrupted = Callable[[], bool]
@@ -216,13 +215,11 @@ class Session:
     metrics: Metrics
     progress: Progress
     saver: Saver
-    watchdog: Watchdog
-    stop: StopSignal
+    oversight: Oversight
 
     def interrupted(self) -> bool:
         """Whether any process was asked to stop and the state may be saved; a sign of life at the same time."""
-        self.watchdog.beat()
-        return agreed(self.stop.requested) and self.learner.health.is_well
+        return self.oversight.asked() and self.learner.health.is_well
 
 
 def build_learner(task: Task, accelerator: Accelerator, plan: Plan, health: Health) -> Learner:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlhf.runtime import from_all
 from rlhf.saver import HostBuffers
 
 OPTIMIZER_FILE, RANDOM_FILE, STATE_FILE = "optimizer.safetensors", "random.safetensors", "training_state.json"
@@ -59,12 +60,8 @@ def load_schedule(schedule: LambdaLR, steps: int) -> None:
 
 def random_states() -> dict[str, Tensor]:
     """Where the random generators of all processes are, as `<rank>.<generator>`; every process has to call this."""
-    mine = _random_state()
-    if not torch.distributed.is_initialized():
-        return {f"0.{name}": tensor for name, tensor in mine.items()}
-    everyones: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, mine)
-    return {f"{rank}.{name}": tensor for rank, state in enumerate(everyones) for name, tensor in state.items()}
+    everyones = enumerate(from_all(_random_state()))
+    return {f"{rank}.{name}": tensor for rank, state in everyones for name, tensor in state.items()}
 
 
 def load_random_states(states: Mapping[str, Tensor]) -> None:

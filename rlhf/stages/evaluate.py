@@ -64,7 +64,7 @@ from rlhf.report import write_report
 from rlhf.rouge import OfflineRouge
 from rlhf.runtime import prepare_runtime
 from rlhf.stopping import StopSignal
-from rlhf.storage import UNFINISHED, remove_quietly
+from rlhf.storage import UNFINISHED, remove
 from rlhf.synthetic import gold_score
 from rlhf.telemetry import Progress
 from rlhf.tokenizer import load_tokenizer
@@ -180,7 +180,7 @@ def publish(stage: StageDir, results: Mapping[str, Any], samples: Sequence[dict[
         write_jsonl(directory / "samples.jsonl", samples)
         stage.check()
         for leftover in (stage.run_dir / "report").glob(f"{UNFINISHED}*"):  # of a process killed at this place
-            remove_quietly(leftover)
+            remove(leftover)
         # Before they are final: a finished evaluation is not run again, and would stay without its report.
         logger.info("report path=%s", write_report(stage.run_dir, evaluation=directory))
 

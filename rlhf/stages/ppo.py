@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from rlhf.ppo_evaluation import evaluate, is_best
 from rlhf.ppo_setup import PROMPTS, SAMPLING, SHUFFLE, Learner, build_learner
 from rlhf.ppo_state import load_learner, snapshot
 from rlhf.rollout import Rollout, minibatch, stack
-from rlhf.runtime import from_first, generator, wait_for_all
+from rlhf.runtime import from_all, from_first, generator, wait_for_all
 from rlhf.saver import Saver
 from rlhf.stopping import StopSignal
 from rlhf.telemetry import Metrics, Progress, Stopwatch
@@ -330,11 +330,7 @@ def leave(learner: Learner, saver: Saver) -> NoReturn:
 
 def everyones(ids: list[str]) -> list[str]:
     """The ids of all processes, on all."""
-    if not torch.distributed.is_initialized():
-        return ids
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, ids)
-    return [one for share in gathered for one in share]
+    return [one for share in from_all(ids) for one in share]
 
 
 def times(watch: Stopwatch) -> dict[str, float]:
