@@ -208,7 +208,7 @@ def command_run(options: argparse.Namespace) -> int:
         raise UsageError(f"--from {options.first} comes after --until {options.last}")
     config, run_dir = read_config(options), run_directory(options.runs_dir, options.run)
     check_settings(config, run_dir)
-    todo = [name for name in STAGE_NAMES[first : last + 1] if not StageDir(run_dir, name).is_final()]
+    todo = [name for name in STAGE_NAMES[first : last + 1] if not StageDir(run_dir, name).is_whole()]
     for number, name in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {name}: {STAGE_HELP[name]}", file=sys.stderr)
         if code := run_process([sys.executable, "-m", "rlhf", *stage_arguments(name, options)]):

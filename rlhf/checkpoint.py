@@ -76,6 +76,17 @@ class StageDir:
         """Whether the stage has finished; does not read the files again."""
         return (self.path / "final" / MANIFEST).is_file()
 
+    def is_whole(self) -> bool:
+        """Whether the stage has finished and its files are all there, by their sizes; damage is reported."""
+        if not self.is_final():
+            return False
+        try:
+            verify(self.path / "final", contents=False)
+        except DamagedCheckpoint as damage:
+            logger.warning("stage %s has finished and is damaged: %s", self.stage, damage)
+            return False
+        return True
+
     def final(self) -> Path:
         """The finished, verified directory; of many processes the first reads all of it, the others trust it.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.checkpoint import CONFIG_FILE, DamagedCheckpoint, StageDir, verify
+from rlhf.checkpoint import CONFIG_FILE, StageDir
 from rlhf.config import Config
 from rlhf.lease import take_lease
 from rlhf.pipeline import Stage, check_settings
@@ -26,7 +26,7 @@ def run_stage(stage: Stage, config: Config, run_dir: Path, stop: StopSignal) -> 
     on the stage.
     """
     check_settings(config, run_dir)
-    if from_first(lambda: _is_whole(StageDir(run_dir, stage.name))):
+    if from_first(StageDir(run_dir, stage.name).is_whole):
         logger.info("stage=%s is already done path=%s", stage.name, run_dir / stage.name / "final")
         return False
     with _writer(stage, config, run_dir, stop) as directory:
@@ -58,18 +58,6 @@ def _writer(stage: Stage, config: Config, run_dir: Path, stop: StopSignal) -> It
     finally:
         if lease is not None:
             lease.release()
-
-
-def _is_whole(directory: StageDir) -> bool:
-    """Whether the stage has finished and its files are all there, by their sizes."""
-    if not directory.is_final():
-        return False
-    try:
-        verify(directory.path / "final", contents=False)
-    except DamagedCheckpoint as damage:
-        logger.warning("the finished stage is damaged, so it goes on from the step before: %s", damage)
-        return False
-    return True
 
 
 def _set_final_aside(directory: StageDir) -> None:

@@ -233,6 +233,15 @@ def test_a_finished_stage_waits_for_nobody(launcher: Launcher, tmp_path: Path) -
     assert (code, lines) == (0, [])
 
 
+def test_a_finished_stage_that_is_damaged_is_not_done(launcher: Launcher, tmp_path: Path) -> None:
+    with StageDir(tmp_path / "demo", "sft").publish(1, final=True) as directory:
+        (directory / "weights").write_text("weights")
+    (tmp_path / "demo" / "sft" / "final" / "weights").write_text("cut")
+    code, lines = launcher.run("sft", "--rendezvous-timeout", "1", *options(tmp_path), **two_nodes(0, free_port()))
+    assert code == 69
+    assert "did not come within 1 s" in lines[-1]
+
+
 def test_batches_are_looked_at_before_anything_starts(launcher: Launcher, tmp_path: Path) -> None:
     code, lines = launcher.run("ppo", "--processes", "7", *options(tmp_path))
     assert code == 78

@@ -56,7 +56,7 @@ def launch(
     """
     check_settings(config, run_dir)
     directory = StageDir(run_dir, options.stage)
-    if directory.is_final():
+    if directory.is_whole():
         # A pod that was started anew must not wait for others, which have left.
         logger.info("stage=%s is already done path=%s", options.stage, directory.path / "final")
         return 0
