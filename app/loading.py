@@ -23,7 +23,6 @@ from rlhf import cgroups
 from rlhf.errors import PrerequisiteError
 from rlhf.generation import BuiltinEngine, Engine
 from rlhf.models import load_policy, load_reward_model
-from rlhf.prompt import PROMPT_VERSION
 from rlhf.scoring import Scorer
 from rlhf.tokenizer import load_tokenizer
 
@@ -47,12 +46,13 @@ class LoadedPolicy:
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward model that is ready to score."""
+    """A reward model that is ready to score; it knows the token ids below `vocabulary`."""
 
     info: ModelInfo
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     positions: int | None
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Plan:
             run=model.run,
             stage=model.name,
             step=model.step,
-            prompt_version=PROMPT_VERSION,
+            prompt_version=model.prompt_version,
             parameters=model.parameters,
             dtype=str(self.workload.dtype).removeprefix("torch."),
             device=str(self.workload.device),
@@ -147,7 +147,7 @@ def _plan(settings: Settings, name: ModelName, directory: Path) -> _Plan:
         device=device,
         dtype=choose_dtype(settings.precision, device),
         sequences=settings.slots if is_policy else 0,
-        positions=model.max_prompt_tokens + model.max_new_tokens,
+        positions=model.own_tokens + model.max_prompt_tokens + model.max_new_tokens,
         batch_tokens=settings.prefill_tokens if is_policy else settings.score_batch_tokens,
     )
     return _Plan(model=model, workload=workload)
@@ -189,9 +189,10 @@ def _load_reward(plan: _Plan, settings: Settings, on_phase: Callable[[str], None
     _settle(network, model)
     scorer = Scorer(network, pad_id=tokenizer.pad_token_id, batch_tokens=settings.score_batch_tokens)
     on_phase(f"warming up {model.name}")
-    warm_up_scorer(scorer, tokenizer, max_tokens=workload.positions)
+    warm_up_scorer(scorer, tokenizer, max_tokens=model.max_prompt_tokens + model.max_new_tokens)
     logger.info("loaded model=%s step=%d path=%s", model.name, model.step, model.directory)
-    return LoadedReward(plan.info(None), scorer, tokenizer, model.positions)
+    vocabulary = network.get_input_embeddings().num_embeddings
+    return LoadedReward(plan.info(None), scorer, tokenizer, model.positions, vocabulary)
 
 
 def _open_engine(plan: _Plan, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Engine:

@@ -21,7 +21,8 @@ from rlhf.config import PromptConfig
 from rlhf.errors import PrerequisiteError
 from rlhf.model_files import open_config
 from rlhf.pipeline import CONFIG_FILE
-from rlhf.prompt import PROMPT_VERSION
+from rlhf.prompt import PROMPT_VERSION, REWARD_VERSIONS
+from rlhf.scoring import framing_of
 from rlhf.weights import count_parameters
 
 ModelName = Literal["ppo", "sft", "reward"]
@@ -31,7 +32,8 @@ ModelName = Literal["ppo", "sft", "reward"]
 class Published:
     """A model directory as its small files describe it.
 
-    checksum is `rlhf.checkpoint.fingerprint`; positions is None where the model sets no limit.
+    checksum is `rlhf.checkpoint.fingerprint`; positions are those of a prompt and its summary, None where the model
+    sets no limit; own_tokens come on top, which a reward model's prompt version puts before them.
     """
 
     name: ModelName
@@ -41,6 +43,8 @@ class Published:
     checksum: str
     config: PretrainedConfig
     parameters: int
+    prompt_version: str
+    own_tokens: int
     positions: int | None
     max_prompt_tokens: int
     max_new_tokens: int
@@ -68,17 +72,19 @@ def describe(name: ModelName, directory: Path, run: str) -> Published:
     try:
         manifest, checksum = read_manifest(directory), fingerprint(directory)
         config, stored = open_config(directory)
+        own_tokens = _own_tokens(name, config, directory)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None:
+            positions -= own_tokens
         limits = _saved_limits((directory, directory.parent)) or _limits_of(positions)
     except DamagedCheckpoint as error:
         raise PrerequisiteError(f"{error}; {_remedy(name, directory, run)}") from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PrerequisiteError(f"{directory} cannot be read: {reason}; {_remedy(name, directory, run)}") from error
-    _check_prompt_version(config, directory)
     if positions is not None and limits.max_sequence_tokens > positions:
         raise PrerequisiteError(
-            f"{directory} has {positions} positions, too few for prompt.max_prompt_tokens="
+            f"{directory} has {positions} positions{_beside(own_tokens)}, too few for prompt.max_prompt_tokens="
             f"{limits.max_prompt_tokens} and prompt.max_response_tokens={limits.max_response_tokens} of its settings"
         )
     return Published(
@@ -89,6 +95,8 @@ def describe(name: ModelName, directory: Path, run: str) -> Published:
         checksum=checksum,
         config=config,
         parameters=count_parameters(stored),
+        prompt_version=config.prompt_version,
+        own_tokens=own_tokens,
         positions=positions,
         max_prompt_tokens=limits.max_prompt_tokens,
         max_new_tokens=limits.max_response_tokens,
@@ -129,17 +137,28 @@ def _remedy(name: str, directory: Path, run: str) -> str:
     return f"move {directory} aside, then run `python -m rlhf {name} --run {run}`"
 
 
-def _check_prompt_version(config: PretrainedConfig, directory: Path) -> None:
+def _own_tokens(name: ModelName, config: PretrainedConfig, directory: Path) -> int:
+    """Tokens that the model reads before the prompt. Raises PrerequisiteError for an unknown prompt version."""
+    _check_prompt_version(name, config, directory)
+    return len(framing_of(config).prefix_ids) if name == "reward" else 0
+
+
+def _beside(own_tokens: int) -> str:
+    return f" beside the {own_tokens} tokens that stand before every prompt" if own_tokens else ""
+
+
+def _check_prompt_version(name: ModelName, config: PretrainedConfig, directory: Path) -> None:
+    known = REWARD_VERSIONS if name == "reward" else (PROMPT_VERSION,)
     version = getattr(config, "prompt_version", None)
     if version is None:
         raise PrerequisiteError(
             f"{directory}/config.json names no prompt_version, so nothing says which prompt the model knows; "
             f"train it with this release, whose version is {PROMPT_VERSION!r}"
         )
-    if version != PROMPT_VERSION:
+    if version not in known:
         raise PrerequisiteError(
-            f"{directory}/config.json: prompt_version is {version!r}, and this service knows {PROMPT_VERSION!r} alone; "
-            "serve it with the release that trained it, or train it again"
+            f"{directory}/config.json: prompt_version is {version!r}, and this service knows "
+            f"{' and '.join(map(repr, known))} alone; serve it with the release that trained it, or train it again"
         )
 
 

@@ -2,7 +2,7 @@
 
 A pickle is a program. torch's reader of weights alone (`weights_only`) knows a short list of what such a program may
 call, all of which make tensors, and refuses anything else. `fetch` asks for it where `model.pickled` is `convert`,
-writes safetensors once, and every stage after it reads those.
+writes safetensors once, and every stage after it reads those; `import-model` reads published checkpoints this way.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from rlhf.weights import PICKLES, SAFETENSORS
 logger = logging.getLogger(__name__)
 
 ALLOWED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-MASKS = (".attn.bias", ".attn.masked_bias")
-"""Buffers of older releases of transformers, which the present ones make themselves."""
 
 
 def is_pickled(directory: Path) -> bool:
@@ -40,7 +38,7 @@ def convert_pickled(directory: Path, target: Path) -> Path:
     """
     weights: dict[str, Tensor] = {}
     for path in sorted(directory.glob(PICKLES)):
-        weights |= _read(path)
+        weights |= read_pickle(path)
     if not weights:
         raise PrerequisiteError(f"{directory} holds no {PICKLES}; give another model.base")
     target.mkdir()
@@ -52,7 +50,24 @@ def convert_pickled(directory: Path, target: Path) -> Path:
     return target
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def is_old_buffer(name: str, tensor: Tensor) -> bool:
+    """Whether this is a buffer of an older release of transformers, which the present ones make themselves.
+
+    By name and shape: a causal mask [1, 1, P, P], what it puts in place of a masked score (one number), and the
+    table of GPT-J's rotary positions [P, 2F].
+    """
+    if name.endswith(".attn.bias"):
+        return tensor.dim() == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    if name.endswith(".attn.masked_bias"):
+        return tensor.numel() == 1
+    return name.endswith(".attn.embed_positions") and tensor.dim() == 2
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file by name, mapped from it, without old buffers.
+
+    Raises PrerequisiteError for a file that holds anything but tensors, or one that claims more than the file has.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -64,7 +79,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise PrerequisiteError(f"{path}: {shown(name)} is a {type(tensor).__name__} instead of a tensor")
-        if name.endswith(MASKS):
+        if is_old_buffer(name, tensor):
             continue
         if tensor.dtype not in ALLOWED or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise PrerequisiteError(f"{path}: {shown(name)} is {tensor.dtype} on {tensor.device}, which is no weight")

@@ -2,6 +2,9 @@
 
 A model sees `SUBREDDIT: r/…\\nTITLE: …\\nPOST: …\\nTL;DR:`, then a space, the summary and EOS. Whoever
 changes what is written here changes `PROMPT_VERSION`, which is saved with every model.
+Reward models of trlX's summarize example read the same text after `<|startoftext|>`, written as plain text, and
+up to EOS without it: `TRLX_VERSION`. Source: trlX at 3340c2f, examples/summarize_rlhf/reward_model/reward_model.py,
+and `get_scores` in trlx_gptj_text_summarization.py beside it.
 Tokens are always those of a fast tokenizer, without BOS; text that spells a special token stays text.
 """
 
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPT_VERSION = "tldr-1"
+TRLX_VERSION = "trlx-tldr-1"
+REWARD_VERSIONS = (PROMPT_VERSION, TRLX_VERSION)
+"""What a reward model's prompt_version may be; a policy's is PROMPT_VERSION."""
+TRLX_START = "<|startoftext|>"
 MARKER = "TL;DR:"
 
 _PROMPT = re.compile(r"SUBREDDIT:([^\n]*)\nTITLE:([^\n]*)\nPOST:(.*)", re.DOTALL)

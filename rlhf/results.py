@@ -89,6 +89,8 @@ def _posts_line(results: Results) -> str:
 
 def _reward_model_cell(metrics: Mapping[str, Any]) -> str:
     prefix = "reward/noise_free_" if "reward/noise_free_accuracy" in metrics else "reward/"
+    if f"{prefix}accuracy" not in metrics:
+        return "–"  # imported: nobody has measured it here
     return f"{100 * metrics[f'{prefix}accuracy']:.1f} ({100 * metrics[f'{prefix}longer_wins']:.1f})"
 
 

@@ -6,22 +6,77 @@ Shapes: B sequences, T tokens, H hidden. Masks are True where a token counts; pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf.errors import RlhfError
+from rlhf.errors import PrerequisiteError, RlhfError
 from rlhf.models import position_ids, score_shift
-from rlhf.sequences import check_sequences
+from rlhf.prompt import PROMPT_VERSION, TRLX_VERSION
+from rlhf.sequences import check_sequences, max_positions
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What a reward model reads for a prompt and its response: `prefix_ids` before them, nothing from `stop_id` on.
+
+    The default is the pipeline's own: prompt, response and EOS as they are.
+    """
+
+    prefix_ids: tuple[int, ...] = ()
+    stop_id: int | None = None
+
+    def apply(self, sequence: Sequence[int]) -> Sequence[int]:
+        """The ids to be read, the score standing at the last of them."""
+        if self.stop_id is not None and self.stop_id in sequence:
+            sequence = sequence[: sequence.index(self.stop_id)]
+        return [*self.prefix_ids, *sequence] if self.prefix_ids else sequence
+
+
+def framing_of(config: PretrainedConfig) -> Framing:
+    """How a reward model of this config is to be fed, by its prompt_version.
+
+    trlX appends EOS to every summary, whether it ended or not, pads with EOS, and reads the score before the first
+    of them: so both kinds of summary are scored at their last token of text.
+    Raises PrerequisiteError for a version that is not known, and for one whose ids the config lacks.
+    """
+    version = getattr(config, "prompt_version", PROMPT_VERSION)
+    if version == PROMPT_VERSION:
+        return Framing()
+    if version != TRLX_VERSION:
+        raise PrerequisiteError(
+            f"the reward model's prompt_version is {version!r}, and this release knows {PROMPT_VERSION!r} and "
+            f"{TRLX_VERSION!r}; use the release that made it"
+        )
+    prefix_ids, stop_id = getattr(config, "score_prefix_ids", None) or [], config.eos_token_id
+    if not prefix_ids or not all(type(token) is int and token >= 0 for token in [*prefix_ids, stop_id]):
+        raise PrerequisiteError(
+            f"the reward model's config has prompt_version {version!r} without the token ids that go with it, "
+            "score_prefix_ids and eos_token_id; run `rlhf import-model` again"
+        )
+    return Framing(tuple(prefix_ids), stop_id)
+
+
+def scorable_tokens(model: PreTrainedModel) -> int | None:
+    """Tokens that a prompt and its response may have together; None where the model sets no limit."""
+    positions = max_positions(model)
+    return None if positions is None else positions - len(framing_of(model.config).prefix_ids)
 
 
 class Scorer:
-    """Scores token sequences in batches of like length."""
+    """Scores token sequences, prompt and response ids each, in batches of like length.
+
+    What the model reads for them follows from the prompt version in its config: see `framing_of`.
+    """
 
     def __init__(self, model: PreTrainedModel, *, pad_id: int, batch_tokens: int) -> None:
         """batch_tokens bounds a batch's tokens, padding included; a longer sequence goes alone."""
         self._model = model
+        self._framing = framing_of(model.config)
+        if self._framing.prefix_ids:
+            check_sequences([self._framing.prefix_ids], model, kind="score_prefix_ids")
         self._pad_id = pad_id
         self._batch_tokens = batch_tokens
 
@@ -38,7 +93,7 @@ class Scorer:
         are done. Raises ValueError for a sequence that the model cannot take, and RlhfError naming the
         sequences whose score is not finite, unless allow_nonfinite passes such scores on.
         """
-        check_sequences(sequences, self._model, kind="sequence")
+        sequences = self._framed(sequences)
         scores_B = torch.empty(len(sequences), dtype=torch.float32)
         done = 0
         for batch in length_batches([len(sequence) for sequence in sequences], self._batch_tokens):
@@ -54,6 +109,19 @@ class Scorer:
                 f"(numbers {shown}); train it again, or use runtime.precision: float32"
             )
         return scores_B
+
+    def _framed(self, sequences: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """What the model reads for each, none longer than its positions."""
+        check_sequences(sequences, self._model, kind="sequence")
+        framed, before = [self._framing.apply(sequence) for sequence in sequences], len(self._framing.prefix_ids)
+        positions = max_positions(self._model)
+        for number, sequence in enumerate(framed):
+            if positions is not None and len(sequence) > positions:
+                raise ValueError(
+                    f"sequence {number} has {len(sequence) - before} tokens after the {before} of the reward model's "
+                    f"own, together more than its {positions} positions; cut it to {positions - before}"
+                )
+        return framed
 
     @torch.no_grad()
     def _score_batch(self, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import zipfile
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf.errors import PrerequisiteError
-from rlhf.pickled import convert_pickled
+from rlhf.pickled import convert_pickled, is_old_buffer
 from tests.fakes import tiny_gpt2, tiny_policy
 
 
@@ -60,6 +61,19 @@ def test_a_pickle_that_would_run_something_runs_nothing(tmp_path: Path, monkeypa
     assert not (tmp_path / "owned").exists()
 
 
+def test_old_buffers_are_told_by_name_and_shape() -> None:
+    buffers = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-math.inf),
+        "transformer.h.0.attn.embed_positions": torch.ones(8, 4),
+    }
+    assert all(is_old_buffer(name, tensor) for name, tensor in buffers.items())
+    assert not is_old_buffer("transformer.h.0.attn.bias", torch.ones(8))
+    assert not is_old_buffer("transformer.h.0.attn.masked_bias", torch.ones(8))
+    assert not is_old_buffer("transformer.h.0.attn.embed_positions", torch.ones(8))
+    assert not is_old_buffer("transformer.h.0.mlp.fc_in.bias", torch.ones(1, 1, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -68,7 +82,8 @@ def test_a_pickle_that_would_run_something_runs_nothing(tmp_path: Path, monkeypa
         ({"a": torch.ones(2, dtype=torch.complex64)}, "is torch.complex64 on cpu, which is no weight"),
         ({"a": torch.ones(1).expand(2**30)}, "claims more bytes than its file has"),
         ({"a": torch.ones(3).to_sparse()}, "which is no weight"),
-        ({"a.attn.bias": torch.ones(3)}, "holds no pytorch_model"),
+        ({"a.attn.bias": torch.ones(1, 1, 3, 3, dtype=torch.bool)}, "holds no pytorch_model"),
+        ({"a.attn.bias": torch.ones(3, dtype=torch.bool)}, "'a.attn.bias' is torch.bool on cpu, which is no weight"),
     ],
 )
 def test_what_is_no_weight_is_refused(tmp_path: Path, content: Any, reason: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import random
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.prompt import (
+    TRLX_START,
     Post,
     decode_response,
     encode_prompt,
@@ -18,7 +22,7 @@ from rlhf.prompt import (
     parse_summary,
     render_prompt,
 )
-from rlhf.tokenizer import train_tokenizer
+from rlhf.tokenizer import load_tokenizer, train_tokenizer
 
 FRAGMENTS = [
     *(
@@ -239,3 +243,24 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer: PreTrainedTokeni
     assert tokenizer.pad_token_id not in ids
     post = Post("a", "b", "c <|endoftext|> d")
     assert tokenizer.eos_token_id not in encode_prompt(tokenizer, post, max_tokens=500).ids
+
+
+def test_what_trlx_puts_before_a_prompt_is_plain_text(tokenizer: PreTrainedTokenizerBase, shared_data: Path) -> None:
+    gpt2 = load_tokenizer(shared_data / "gpt2-bpe", key="model.tokenizer")
+    plain = [27, 91, 9688, 1659, 5239, 91, 29]
+    assert encode_text(gpt2, TRLX_START) == plain  # GPT-2's tokens < | start of text | >
+    gpt2.add_special_tokens({"additional_special_tokens": [TRLX_START]})
+    assert encode_text(gpt2, TRLX_START) == plain
+
+
+def test_our_parts_are_the_tokens_of_trlx_text(shared_data: Path) -> None:
+    """trlX tokenises prompt and summary as one text after <|startoftext|>, we each alone: GPT-2's words end there."""
+    gpt2 = load_tokenizer(shared_data / "gpt2-bpe", key="model.tokenizer")
+    with gzip.open(shared_data / "text" / "tldr.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for _, line in zip(range(100), file, strict=False)]
+    for row in rows:
+        post, summary = parse_prompt(row["prompt"]), parse_summary(row["label"])
+        ours = encode_text(gpt2, TRLX_START)
+        ours += [*encode_prompt(gpt2, post, max_tokens=10**6).ids, *encode_response(gpt2, summary)]
+        theirs = gpt2(f"{TRLX_START}{render_prompt(post)} {summary}<|endoftext|>", verbose=False)["input_ids"]
+        assert ours == theirs

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.errors import RlhfError
+from rlhf.errors import PrerequisiteError, RlhfError
 from rlhf.models import load_reward_model
-from rlhf.scoring import Scorer, last_scores, length_batches, token_scores
-from tests.fakes import MODELS, PAD_ID, POSITIONS, tiny_policy, tiny_reward_model
+from rlhf.scoring import Scorer, framing_of, last_scores, length_batches, scorable_tokens, token_scores
+from tests.fakes import EOS_ID, MODELS, PAD_ID, POSITIONS, tiny_policy, tiny_reward_model
 
 LENGTHS = (23, 1, 7, 40, 7, 90, 2)
 SHIFT = 0.25
@@ -166,3 +166,68 @@ def test_sequences_that_the_model_cannot_take(sequence: list[int], reason: str) 
 def test_a_model_without_a_score_head_is_refused() -> None:
     with pytest.raises(ValueError, match="no score head"):
         scorer(tiny_policy()).score([[5]])
+
+
+def framed_model(prefix_ids: list[int] | None = None) -> PreTrainedModel:
+    """A reward model that reads three tokens of its own before every prompt, as trlX's do with <|startoftext|>."""
+    model = tiny_reward_model(shift=SHIFT)
+    model.config.prompt_version = "trlx-tldr-1"
+    model.config.score_prefix_ids = [60, 124, 62] if prefix_ids is None else prefix_ids
+    return model
+
+
+@pytest.mark.parametrize(
+    ("sequence", "read"),
+    [
+        ([5, 6, 7, EOS_ID], [60, 124, 62, 5, 6, 7]),  # the summary ended
+        ([5, 6, 7], [60, 124, 62, 5, 6, 7]),  # it did not
+        ([5, EOS_ID, 7, EOS_ID], [60, 124, 62, 5]),  # trlX reads before the first
+        ([EOS_ID], [60, 124, 62]),
+    ],
+)
+def test_a_model_of_trlx_reads_its_own_format(sequence: list[int], read: list[int]) -> None:
+    model = framed_model()
+    expected = transformers_logit(model, read) - SHIFT
+    for batch in ([sequence], [[9] * 40, sequence, [8]]):
+        scores_B = scorer(model).score(batch)
+        assert float(scores_B[batch.index(sequence)]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_pipelines_own_format_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_reward_model()
+    model.config.prompt_version = "tldr-1"
+    seen: list[list[list[int]]] = []
+    plain = last_scores
+    monkeypatch.setattr(
+        "rlhf.scoring.last_scores",
+        lambda m, ids_BT, mask_BT: (seen.append(ids_BT.tolist()), plain(m, ids_BT, mask_BT))[1],
+    )
+    scorer(model).score([[5, EOS_ID, 7, EOS_ID]])
+    assert seen == [[[5, EOS_ID, 7, EOS_ID]]]
+
+
+def test_what_stands_before_the_prompt_takes_positions() -> None:
+    model = framed_model()
+    assert scorable_tokens(model) == POSITIONS - 3 == 125
+    assert scorable_tokens(tiny_reward_model()) == POSITIONS
+    scores_B = scorer(model).score([[5] * 125, [5] * 125 + [EOS_ID]])
+    assert float(scores_B[0]) == pytest.approx(float(scores_B[1]), abs=1e-4)
+    with pytest.raises(ValueError, match=r"sequence 1 has 126 tokens after the 3 .* its 128 positions; cut it to 125"):
+        scorer(model).score([[5], [5] * 126])
+
+
+def test_versions_and_ids_that_are_not_known() -> None:
+    model = framed_model()
+    model.config.prompt_version = "trlx-tldr-2"
+    with pytest.raises(PrerequisiteError, match="prompt_version is 'trlx-tldr-2', and this release knows 'tldr-1'"):
+        framing_of(model.config)
+    with pytest.raises(PrerequisiteError, match=r"score_prefix_ids and eos_token_id; run `rlhf import-model` again"):
+        scorer(framed_model(prefix_ids=[]))
+    with pytest.raises(ValueError, match="score_prefix_ids 0 has token id 260, outside the model's vocabulary of 260"):
+        scorer(framed_model(prefix_ids=[5, 260]))
+
+
+@pytest.mark.parametrize("text", ["1", 1.5, True, -1])
+def test_ids_that_are_none(text: object) -> None:
+    with pytest.raises(PrerequisiteError, match="without the token ids that go with it"):
+        framing_of(framed_model(prefix_ids=[5, text]).config)  # type: ignore[list-item]

@@ -194,6 +194,35 @@ def test_a_prompt_version_that_is_not_known(run_dir: Path, stage: str) -> None:
     assert "config.json names no prompt_version" in refusal(run_dir)
 
 
+def test_a_reward_model_of_trlx_has_a_prompt_version_of_its_own(run_dir: Path) -> None:
+    """Its 4 tokens before every prompt leave 124 of 128 positions; 96 + 24 of the settings fit, and 96 + 30 do not."""
+    framed = {"prompt_version": "trlx-tldr-1", "score_prefix_ids": [60, 124, 62, 32]}
+    edit_config((run_dir / "reward" / "final").resolve(), **framed)
+    reward = load(run_dir).reward
+    assert (reward.info.prompt_version, reward.positions, reward.info.max_prompt_tokens) == ("trlx-tldr-1", 124, 96)
+    model = load_reward_model(run_dir / "reward" / "step-00000007")
+    read = torch.tensor([[60, 124, 62, 32, 5, 6]])
+    with torch.no_grad():
+        expected = float(model(input_ids=read).logits) - 0.25
+    assert float(reward.scorer.score([[5, 6, EOS_ID]])) == pytest.approx(expected, abs=1e-4)
+
+    settings = tiny_config(prompt={"max_response_tokens": 30}).to_yaml()
+    (run_dir / "reward" / "config.yaml").write_text(settings)
+    assert "has 124 positions beside the 4 tokens that stand before every prompt, too few for" in refusal(run_dir)
+    (run_dir / "reward" / "config.yaml").unlink()
+    assert load(run_dir).reward.info.max_prompt_tokens == 124 - 50
+
+
+def test_the_reward_models_version_is_not_a_policys(run_dir: Path) -> None:
+    edit_config((run_dir / "ppo" / "final").resolve(), prompt_version="trlx-tldr-1", score_prefix_ids=[60])
+    assert "prompt_version is 'trlx-tldr-1', and this service knows 'tldr-1' alone" in refusal(run_dir)
+
+
+def test_a_reward_model_of_trlx_without_its_tokens(run_dir: Path) -> None:
+    edit_config((run_dir / "reward" / "final").resolve(), prompt_version="trlx-tldr-1")
+    assert "without the token ids that go with it" in refusal(run_dir)
+
+
 class Explosive:
     """Leaves a mark where it is unpickled."""
 
