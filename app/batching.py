@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 from app.fair_queue import FairQueue, Job, Outcome
 from app.metrics import Metrics
-from app.problems import ENGINE_DEAD, INTERNAL, INVALID_REQUEST, WAITED_TOO_LONG, ProblemError
+from app.problems import (
+    ENGINE_DEAD,
+    INTERNAL,
+    INVALID_REQUEST,
+    SCORE_NOT_FINITE,
+    WAITED_TOO_LONG,
+    ProblemError,
+)
 from app.worker import Worker
 from rlhf.scoring import Scorer
 from rlhf.slots import NextToken, Request, RunningBatch
@@ -284,7 +291,7 @@ class ScoringQueue:
         if math.isfinite(score):
             return Outcome(score=score)
         logger.error("model %s gave a score that is not finite", self._model)
-        return ProblemError(INTERNAL, "the reward model's score is not finite for one of the summaries")
+        return ProblemError(SCORE_NOT_FINITE, "the reward model's score is not finite for one of the summaries")
 
     def _die(self, error: BaseException) -> None:
         self._queue.fail(error, self._running)

@@ -87,6 +87,18 @@ def _encode_post(
     return encoded
 
 
+def check_token_ids(
+    ids: Sequence[int], *, vocabulary: int, max_tokens: int | None, field: str, errors: FieldErrors
+) -> None:
+    """A sequence that is in tokens already; one that the model cannot read is an error under `field`."""
+    if (largest := max(ids)) >= vocabulary:
+        errors.add(
+            field, f"token id {largest} is outside the reward model's vocabulary of {vocabulary}; use its own tokenizer"
+        )
+    elif max_tokens is not None and len(ids) > max_tokens:
+        errors.add(field, f"{len(ids)} tokens are more than the {max_tokens} that the reward model reads; cut them")
+
+
 def encode_summary(
     summary: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None, field: str, errors: FieldErrors
 ) -> list[int]:

@@ -157,6 +157,13 @@ INTERNAL = Kind(
     "The service failed",
     "This is a fault of the service. Its log holds the reason under the request's id.",
 )
+SCORE_NOT_FINITE = Kind(
+    "score-not-finite",
+    500,
+    "A score is not a finite number",
+    "The reward model's numbers overflow for one of the summaries. Leave it out, or serve with APP_PRECISION=float32. "
+    "For `token_ids` /score answers with null in its place.",
+)
 ENGINE_DEAD = Kind(
     "engine-dead",
     503,
@@ -186,6 +193,7 @@ KINDS = (
     RELOAD_FAILED,
     NO_ROOM,
     INTERNAL,
+    SCORE_NOT_FINITE,
     ENGINE_DEAD,
 )
 

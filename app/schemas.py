@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, StringConstraints
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, JsonValue, StringConstraints, Tag
 
 PolicyName = Literal["ppo", "sft"]
 Truncation = Literal["error", "body"]
@@ -15,6 +15,9 @@ MAX_SEED = 2**53 - 1
 
 MAX_CHARACTERS = 100_000
 """Of a text; far more than any model reads, and little enough to be tokenised in a moment."""
+
+MAX_TOKEN_ID = 2**31 - 1
+"""No vocabulary is larger; which ids the model knows is its own to say."""
 
 
 EXAMPLE_POST: dict[str, JsonValue] = {
@@ -121,14 +124,40 @@ class ScoreItem(Schema):
     )
 
 
+class TokenItem(Schema):
+    """A summary to be scored as the very tokens that a policy wrote, after the prompt that it read."""
+
+    token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], FailFast()] = Field(
+        min_length=1,
+        max_length=MAX_CHARACTERS,
+        description="prompt and summary in the run's own tokens; with the end-of-text token only where it was written",
+    )
+
+
+def _kind_of_item(item: Any) -> str:
+    in_tokens = isinstance(item, TokenItem) or (isinstance(item, dict) and "token_ids" in item)
+    return "TokenItem" if in_tokens else "ScoreItem"
+
+
+AnyScoreItem = Annotated[
+    Annotated[ScoreItem, Tag("ScoreItem")] | Annotated[TokenItem, Tag("TokenItem")], Discriminator(_kind_of_item)
+]
+"""Told apart by `token_ids`, so that what is wrong with an item is told of the kind that was meant."""
+
+
 class ScoreRequest(Schema):
     """Summaries to be scored by the reward model."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"items": [{"post": EXAMPLE_POST, "summary": "fought with my neighbor"}]}]}
+        json_schema_extra={
+            "examples": [
+                {"items": [{"post": EXAMPLE_POST, "summary": "fought with my neighbor"}]},
+                {"items": [{"token_ids": [50, 7, 201, 34]}]},
+            ]
+        }
     )
 
-    items: Annotated[list[ScoreItem], FailFast()] = Field(
+    items: Annotated[list[AnyScoreItem], FailFast()] = Field(
         min_length=1, description="answered in this order; APP_MAX_ITEMS at most"
     )
     truncation: Truncation = Field("error", description="a post that does not fit is an error, or is cut at its body")
@@ -141,11 +170,13 @@ class Score(Schema):
     """The score of one summary."""
 
     index: int = Field(description="position of the item in the request")
-    score: float = Field(description="the reward model's, on which references average 0")
+    score: float | None = Field(
+        description="the reward model's, on which references average 0; null for token_ids whose score is no number"
+    )
     reference_score: float | None = Field(description="the reference's score, when one was given")
     delta: float | None = Field(description="score minus reference_score, when a reference was given")
-    prompt_tokens: int
-    summary_tokens: int = Field(description="the end-of-text token included")
+    prompt_tokens: int | None = Field(description="null for token_ids")
+    summary_tokens: int | None = Field(description="the end-of-text token included; null for token_ids")
     cut_tokens: int = Field(description="tokens that the body lost to make the post fit")
 
 
@@ -155,6 +186,7 @@ class ScoreAnswer(Schema):
     id: str = Field(description="the request's id, as in X-Request-ID and the log")
     run: str
     step: int = Field(description="of the reward model")
+    checksum: str = Field(description="of the reward model, as /v1/models tells it")
     results: list[Score]
 
 

@@ -3,33 +3,74 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
-from app.encoding import FieldErrors, encode_posts, encode_summary
-from app.fair_queue import Job
-from app.schemas import Score, ScoreAnswer, ScoreRequest
+from app.encoding import FieldErrors, check_token_ids, encode_posts, encode_summary
+from app.fair_queue import Job, Outcome
+from app.problems import SCORE_NOT_FINITE, ProblemError
+from app.schemas import Score, ScoreAnswer, ScoreItem, ScoreRequest, TokenItem
 from app.served import ServedRun
 from app.settings import Settings
 from rlhf.prompt import EncodedPrompt
 
 
 async def score_sequences(
-    served: ServedRun, sequences: Sequence[Sequence[int]], *, call: Hashable, accepted: bool
+    served: ServedRun,
+    sequences: Sequence[Sequence[int]],
+    *,
+    call: Hashable,
+    accepted: bool,
+    allow_nonfinite: bool = False,
 ) -> list[float]:
     """The reward model's score of each sequence, in order, in batches shared with all callers.
 
-    accepted: they complete a call that was accepted before, and are not refused for want of room.
+    accepted: they complete a call that was accepted before, and are not refused for want of room. allow_nonfinite:
+    a score that is no number is NaN; else it ends the call with a ProblemError.
     """
     loop = asyncio.get_running_loop()
     jobs = [Job(call=call, ids=ids, cost=len(ids), outcome=loop.create_future()) for ids in sequences]
     try:
         served.scoring.submit(jobs, accepted=accepted)
-        outcomes = await asyncio.gather(*(job.outcome for job in jobs))
+        outcomes = await asyncio.gather(*(job.outcome for job in jobs), return_exceptions=allow_nonfinite)
     finally:
         for job in jobs:
             job.outcome.cancel()
-    return [outcome.score for outcome in outcomes]
+    return [_score_in(outcome) for outcome in outcomes]
+
+
+def _score_in(outcome: Outcome | BaseException) -> float:
+    if isinstance(outcome, ProblemError) and outcome.kind is SCORE_NOT_FINITE:
+        return math.nan
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome.score
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An item as token ids. Of a summary in tokens the prompt's and the summary's share are not known."""
+
+    sequence: list[int]
+    reference: list[int] | None = None
+    post: EncodedPrompt | None = None
+
+    def result(self, index: int, score: float, reference: float | None) -> Score:
+        """What the caller is told. Raises ProblemError for a text whose score is no number."""
+        told = [score] if reference is None else [score, reference]
+        if self.post is not None and not all(map(math.isfinite, told)):
+            raise ProblemError(SCORE_NOT_FINITE, f"items.{index}: the reward model's score is not finite")
+        return Score(
+            index=index,
+            score=score if math.isfinite(score) else None,
+            reference_score=reference,
+            delta=None if reference is None else score - reference,
+            prompt_tokens=None if self.post is None else len(self.post.ids),
+            summary_tokens=None if self.post is None else len(self.sequence) - len(self.post.ids),
+            cut_tokens=0 if self.post is None else self.post.cut_tokens,
+        )
 
 
 async def score(
@@ -41,58 +82,61 @@ async def score(
     errors.check_timeout(request.timeout_seconds, settings.timeout_seconds)
     errors.raise_any()
     encode = asyncio.get_running_loop().run_in_executor(tokenizing, _encode, request, served, errors)
-    posts, summaries, references = await encode
+    items = await encode
     errors.raise_any()
 
-    sequences = [[*post.ids, *summary] for post, summary in zip(posts, summaries, strict=True)]
-    compared = [index for index, ids in enumerate(references) if ids is not None]
-    sequences += [[*posts[index].ids, *(references[index] or ())] for index in compared]
-    scores = await score_sequences(served, sequences, call=object(), accepted=False)
-    reference_scores = dict(zip(compared, scores[len(posts) :], strict=True))
+    sequences = [item.sequence for item in items] + [item.reference for item in items if item.reference is not None]
+    in_tokens = any(item.post is None for item in items)
+    scores = await score_sequences(served, sequences, call=object(), accepted=False, allow_nonfinite=in_tokens)
+    references = iter(scores[len(items) :])
     info = served.reward.info
     return ScoreAnswer(
         id=request_id,
         run=info.run,
         step=info.step,
+        checksum=info.checksum,
         results=[
-            _result(index, posts[index], len(summaries[index]), scores[index], reference_scores.get(index))
-            for index in range(len(posts))
+            item.result(index, scores[index], None if item.reference is None else next(references))
+            for index, item in enumerate(items)
         ],
     )
 
 
-def _encode(
-    request: ScoreRequest, served: ServedRun, errors: FieldErrors
-) -> tuple[list[EncodedPrompt], list[list[int]], list[list[int] | None]]:
-    """Prompts, summaries and references as token ids; what does not fit is added to errors."""
+def _encode(request: ScoreRequest, served: ServedRun, errors: FieldErrors) -> list[Encoded]:
+    """Every item as token ids; what does not fit is added to errors."""
+    items: list[Encoded] = []
+    for index, item in enumerate(request.items):
+        if isinstance(item, TokenItem):
+            items.append(_checked(item, index, served, errors))
+        else:
+            items.append(_encode_text(item, index, request, served, errors))
+    return items
+
+
+def _checked(item: TokenItem, index: int, served: ServedRun, errors: FieldErrors) -> Encoded:
+    reward, field = served.reward, f"items.{index}.token_ids"
+    check_token_ids(
+        item.token_ids, vocabulary=reward.vocabulary, max_tokens=reward.positions, field=field, errors=errors
+    )
+    return Encoded(item.token_ids)
+
+
+def _encode_text(item: ScoreItem, index: int, request: ScoreRequest, served: ServedRun, errors: FieldErrors) -> Encoded:
+    """Prompt, summary and reference as token ids."""
     reward = served.reward
-    posts = encode_posts(
-        [item.post for item in request.items],
+    [post] = encode_posts(
+        [item.post],
         reward.tokenizer,
         max_tokens=reward.info.max_prompt_tokens,
         truncation=request.truncation,
-        field=lambda number: f"items.{number}.post",
+        field=lambda _: f"items.{index}.post",
         errors=errors,
     )
+    room = None if reward.positions is None else reward.positions - len(post.ids)
 
-    def ids_of(text: str | None, index: int, name: str) -> list[int] | None:
-        if text is None:
-            return None
-        room = None if reward.positions is None else reward.positions - len(posts[index].ids)
-        return encode_summary(text, reward.tokenizer, max_tokens=room, field=f"items.{index}.{name}", errors=errors)
+    def joined(text: str, name: str) -> list[int]:
+        field = f"items.{index}.{name}"
+        return [*post.ids, *encode_summary(text, reward.tokenizer, max_tokens=room, field=field, errors=errors)]
 
-    summaries = [ids_of(item.summary, index, "summary") or [] for index, item in enumerate(request.items)]
-    references = [ids_of(item.reference, index, "reference") for index, item in enumerate(request.items)]
-    return posts, summaries, references
-
-
-def _result(index: int, post: EncodedPrompt, summary_tokens: int, score: float, reference: float | None) -> Score:
-    return Score(
-        index=index,
-        score=score,
-        reference_score=reference,
-        delta=None if reference is None else score - reference,
-        prompt_tokens=len(post.ids),
-        summary_tokens=summary_tokens,
-        cut_tokens=post.cut_tokens,
-    )
+    reference = None if item.reference is None else joined(item.reference, "reference")
+    return Encoded(joined(item.summary, "summary"), reference, post)

@@ -17,6 +17,7 @@ from rlhf.errors import ConfigError, PrerequisiteError, StorageError, Unavailabl
 from rlhf.gpus import needed_cuda, visible_gpus
 from rlhf.launcher.layout import number, usable_gpus
 from rlhf.pipeline import STAGES, Stage, check_settings
+from rlhf.placement import check_dedicated
 from rlhf.shares import check_shares
 
 
@@ -31,8 +32,11 @@ def check(stage: str, config: Config, run_dir: Path, *, gpus: int | None) -> Ite
     nodes = number(None, "--nodes", "RLHF_NODES", least=1) or 1
     check_settings(config, run_dir)
     program = next(one for one in STAGES if one.name == stage)
-    processes = number(None, "--processes", "RLHF_PROCESSES", least=1) or max(asked, 1)
+    dedicated = stage == "ppo" and config.ppo.reward_placement == "dedicated"
+    processes = number(None, "--processes", "RLHF_PROCESSES", least=1) or (1 if dedicated else max(asked, 1))
     processes = nodes * processes if program.parallel else 1
+    if dedicated:
+        check_dedicated(gpus=0 if config.runtime.device == "cpu" else asked, processes=processes)
     check_shares(config, stage, processes)
     yield f"settings: they fit run {run_dir.name} and {processes} process(es)"
     yield from check_prerequisites(program, run_dir)

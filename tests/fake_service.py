@@ -27,6 +27,7 @@ from app.schemas import (
     Problem,
     Score,
     ScoreAnswer,
+    ScoreItem,
     ScoreRequest,
     SummarizeAnswer,
     SummarizeRequest,
@@ -158,12 +159,16 @@ def create_fake_app(fake: FakeService) -> FastAPI:
     async def score(body: ScoreRequest, request: Request) -> Response | ScoreAnswer:
         """The reward model's scores; `delta` where a reference is given."""
         fake.requests.append(body.model_dump(exclude_unset=True))
-        reference = None if body.items[0].reference is None else SCORES["ppo"]
-        own = len(body.items[0].summary) / 100
+        [item] = body.items
+        assert isinstance(item, ScoreItem)
+        reference = None if item.reference is None else SCORES["ppo"]
+        own = len(item.summary) / 100
         delta = None if reference is None else own - reference
         numbers = {"index": 0, "prompt_tokens": 76, "summary_tokens": 9, "cut_tokens": fake.cut_tokens}
         result = Score(score=own, reference_score=reference, delta=delta, **numbers)
-        return fake.failure(request, None) or ScoreAnswer(id="req-2", run="demo", step=375, results=[result])
+        return fake.failure(request, None) or ScoreAnswer(
+            id="req-2", run="demo", step=375, checksum="0" * 64, results=[result]
+        )
 
     return app
 

@@ -147,6 +147,22 @@ def test_a_request_is_given_up_after_its_time(path: str, serving: Serving) -> No
             "Input should be a",
         ),
         ('{"items": [{"post": "a", "summary": "b", "score": 1}]}', "items.0.score", "unknown field"),
+        ('{"items": [3]}', "items.0", "Input should be an object"),
+        ('{"items": [{"token_ids": []}]}', "items.0.token_ids", "List should have at least 1 item"),
+        ('{"items": [{"token_ids": [1, "2"]}]}', "items.0.token_ids.1", "Input should be a valid integer"),
+        ('{"items": [{"token_ids": [true]}]}', "items.0.token_ids.0", "Input should be a valid integer"),
+        ('{"items": [{"token_ids": [-1]}]}', "items.0.token_ids.0", "Input should be greater than or equal to 0"),
+        ('{"items": [{"token_ids": [1], "post": "a"}]}', "items.0.post", "unknown field"),
+        (
+            '{"items": [{"token_ids": [1]}, {"token_ids": [259, 260]}]}',
+            "items.1.token_ids",
+            "token id 260 is outside the reward model's vocabulary of 260; use its own tokenizer",
+        ),
+        (
+            json.dumps({"items": [{"token_ids": [1] * 129}]}),
+            "items.0.token_ids",
+            "129 tokens are more than the 128 that the reward model reads; cut them",
+        ),
         (
             json.dumps({"items": [{"post": "a", "summary": "b"}] * (MAX_ITEMS + 1)}),
             "items",
@@ -154,7 +170,7 @@ def test_a_request_is_given_up_after_its_time(path: str, serving: Serving) -> No
         ),
         ('{"items": [{"post": "a", "summary": "b"}], "timeout_seconds": 61}', "timeout_seconds", SECONDS_TOLD),
     ],
-    ids=["none", "no summary", "null", "surrogate", "surrogate reference", "unknown", "too many", "too long a time"],
+    ids=lambda value: str(value)[:60],
 )
 def test_an_item_that_cannot_be_scored_is_named(body: str, field: str, message: str, serving: Serving) -> None:
     answer = serving.client.post("/score", content=body, headers=JSON)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlhf.checkpoint import fingerprint
 from rlhf.prompt import Post, render_prompt
 from tests.alone import Alone
-from tests.fakes import POSITIONS
+from tests.fakes import EOS_ID, POSITIONS
 from tests.served_run import MAX_PROMPT_TOKENS, STEPS, served_run
 from tests.serving import Serving, fields, post_of, refusal, serving_run
 
@@ -108,3 +111,45 @@ def test_a_long_post_is_refused_or_cut_before_it_is_scored(serving: Serving, alo
     assert result["cut_tokens"] == alone.prompt(post).cut_tokens > 0
     assert result["prompt_tokens"] == len(alone.prompt(post).ids)
     assert result["score"] == pytest.approx(alone.score(post, "lost a cat"), abs=1e-4)
+
+
+def test_token_ids_are_scored_as_they_are(serving: Serving, alone: Alone) -> None:
+    """Among texts, at full length, and with the end-of-text token only where it was written."""
+    written = [(post_of(number), list(range(number + 1))) for number in range(6)]
+    sequences = [[*alone.prompt(post).ids, *ids] for post, ids in written] + [[*alone.prompt(POST).ids, 7, EOS_ID]]
+    sequences.append([number % 256 for number in range(POSITIONS)])
+    items = [{"token_ids": ids} for ids in sequences]
+    answer = score(serving, [{"post": fields(POST), "summary": "lost", "reference": "cat"}, *items])
+    told, *results = answer["results"]
+    assert told["score"] == pytest.approx(alone.score(POST, "lost"), abs=1e-4)
+    assert told["reference_score"] == pytest.approx(alone.score(POST, "cat"), abs=1e-4)
+    assert [result["score"] for result in results] == pytest.approx([alone.of(ids) for ids in sequences], abs=1e-4)
+    unknown = ("reference_score", "delta", "prompt_tokens", "summary_tokens")
+    assert {tuple(result[key] for key in unknown) for result in results} == {(None, None, None, None)}
+
+
+def test_an_answer_tells_which_reward_model_it_is_of(serving: Serving, run_dir: Path) -> None:
+    answer = score(serving, [{"token_ids": [1, 2]}])
+    [served] = [one for one in serving.client.get("/v1/models").json()["models"] if one["id"] == "reward"]
+    assert answer["checksum"] == served["checksum"] == fingerprint(run_dir / "reward" / "final")
+
+
+def test_a_score_that_is_no_number_is_null_in_tokens_and_an_error_in_text(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = serving.service._served.reward.scorer  # type: ignore[union-attr]
+    real = type(scorer).score
+
+    def broken(sequences: Any, **how: Any) -> torch.Tensor:
+        wrong = torch.tensor([len(sequence) == 3 for sequence in sequences])
+        return real(scorer, sequences, **how).masked_fill(wrong, math.inf)
+
+    monkeypatch.setattr(scorer, "score", broken)
+    items = [{"token_ids": [1, 2]}, {"token_ids": [1, 2, 3]}]
+    good, bad = score(serving, items)["results"]
+    assert (type(good["score"]), bad["score"]) == (float, None)
+    monkeypatch.setattr(scorer, "score", lambda sequences, **how: torch.full((len(sequences),), math.nan))
+    text = {"post": "a", "summary": "b"}
+    for asked in ([text], [*items, text]):
+        answer = serving.client.post("/score", json={"items": asked})
+        assert refusal(answer, 500, "score-not-finite") == {}

@@ -149,14 +149,14 @@ def test_what_is_wrong_before_the_first_event_is_an_ordinary_answer(serving: Ser
 
 
 def test_a_failure_on_the_way_is_the_last_event(serving: Serving, scorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = refused(serving, "internal")
+    before = refused(serving, "score-not-finite")
     monkeypatch.setattr(scorer, "score", lambda sequences, **how: torch.full((len(sequences),), torch.nan))
     answer = serving.client.post("/summarize?stream=true", json={"posts": ["a"]})
     *others, (name, problem) = events_of(answer)
     assert {name for name, _ in others} == {"token"}
-    assert (name, problem["type"], problem["status"]) == ("error", "/problems/internal", 500)
+    assert (name, problem["type"], problem["status"]) == ("error", "/problems/score-not-finite", 500)
     assert (problem["instance"], problem["request_id"]) == ("/summarize", answer.headers["x-request-id"])
-    assert refused(serving, "internal") == before + 1
+    assert refused(serving, "score-not-finite") == before + 1
 
 
 def test_time_that_runs_out_on_the_way_is_the_last_event(

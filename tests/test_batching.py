@@ -14,7 +14,7 @@ from torch import Tensor
 from app.batching import GenerationQueue, QueueLimits, ScoringQueue
 from app.fair_queue import Job
 from app.metrics import Metrics
-from app.problems import ENGINE_DEAD, INTERNAL, INVALID_REQUEST, WAITED_TOO_LONG, ProblemError
+from app.problems import ENGINE_DEAD, INTERNAL, INVALID_REQUEST, SCORE_NOT_FINITE, WAITED_TOO_LONG, ProblemError
 from rlhf.sampling import Sampling
 from rlhf.slots import NextToken, Request
 
@@ -316,7 +316,7 @@ def test_a_sequence_that_cannot_be_scored_fails_alone() -> None:
             queue.submit(jobs)
             good, not_finite, bad, other = await asyncio.gather(*(one.outcome for one in jobs), return_exceptions=True)
         assert (good.score, other.score) == (1.0, 2.0)
-        assert not_finite.kind is INTERNAL
+        assert not_finite.kind is SCORE_NOT_FINITE
         assert bad.kind is INVALID_REQUEST
 
     asyncio.run(run())

@@ -31,9 +31,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf.launcher.layout.visible_gpus", lambda: Gpus(8, 13000, ""))
 
 
-def read(*arguments: str, device: str = "auto", parallel: bool = True) -> Layout:
-    options = build_parser().parse_args(["launch", "sft" if parallel else "evaluate", *arguments])
-    return layout(options, parallel=parallel, device=device)
+def read(*arguments: str, device: str = "auto", parallel: bool = True, dedicated: bool = False) -> Layout:
+    options = build_parser().parse_args(["launch", "ppo" if parallel else "fetch", *arguments])
+    return layout(options, parallel=parallel, device=device, dedicated=dedicated)
 
 
 def test_one_process_a_gpu() -> None:
@@ -74,7 +74,7 @@ def test_a_stage_of_one_process_uses_one_of_the_gpus(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RLHF_GPUS", "8")
     assert read(parallel=False).processes == 1
     for arguments in (("--gpus", "2"), ("--processes", "2"), ("--nodes", "2")):
-        with pytest.raises(UsageError, match="evaluate runs in one process; leave out --nodes"):
+        with pytest.raises(UsageError, match="fetch runs in one process; leave out --nodes"):
             read(*arguments, parallel=False)
 
 
@@ -110,3 +110,26 @@ def test_why_no_gpu_is_seen_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_that_want_a_gpu_which_nobody_asks_for() -> None:
     with pytest.raises(ConfigError, match=r"runtime\.device=cuda, but no GPU is asked for"):
         read("--gpus", "0", device="cuda")
+
+
+def test_a_reward_model_on_a_gpu_of_its_own_means_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("--gpus", "2", dedicated=True).processes == 1
+    assert read(dedicated=True).processes == 1
+    monkeypatch.setenv("RLHF_GPUS", "8")
+    assert read(dedicated=True).processes == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "message"),
+    [
+        (("--processes", "2"), "auto", "2 processes would share the stage; use .*colocated, or one process"),
+        (("--nodes", "2", "--rendezvous", "host:29"), "auto", "2 processes would share the stage"),
+        (("--processes", "2"), "cpu", "2 processes would share the stage"),
+        (("--gpus", "1"), "auto", "1 GPU is there; use 2 GPUs, or ppo.reward_placement=colocated"),
+        (("--gpus", "0"), "auto", "the policy is on the CPU; use 2 GPUs"),
+        ((), "cpu", "the policy is on the CPU; use 2 GPUs"),
+    ],
+)
+def test_a_reward_model_on_a_gpu_of_its_own_needs_two(arguments: tuple[str, ...], device: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"ppo\.reward_placement=dedicated .*{message}"):
+        read(*arguments, device=device, dedicated=True)

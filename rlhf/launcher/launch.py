@@ -61,7 +61,8 @@ def launch(
         logger.info("stage=%s is already done path=%s", options.stage, directory.path / "final")
         return 0
     parallel = next(stage.parallel for stage in STAGES if stage.name == options.stage)
-    where = layout(options, parallel=parallel, device=config.runtime.device)
+    dedicated = options.stage == "ppo" and config.ppo.reward_placement == "dedicated"
+    where = layout(options, parallel=parallel, device=config.runtime.device, dedicated=dedicated)
     if where.nodes * where.processes == 1:
         return run_here(options)
     check_shares(config, options.stage, where.nodes * where.processes)

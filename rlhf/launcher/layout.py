@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rlhf.console import Parser
 from rlhf.errors import ConfigError, UnavailableError, UsageError
 from rlhf.gpus import visible_gpus
+from rlhf.placement import check_dedicated
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ def launch_options() -> Parser:
     return parser
 
 
-def layout(options: argparse.Namespace, *, parallel: bool, device: str) -> Layout:
+def layout(options: argparse.Namespace, *, parallel: bool, device: str, dedicated: bool = False) -> Layout:
     """Read options and environment for a stage that many processes may share, or one that runs in one.
 
-    device is `runtime.device` of the settings. Where no GPU is to be used, they are hidden from this process.
-    Raises UsageError for what does not fit together, ConfigError when the settings want another device,
-    UnavailableError when GPUs are missing.
+    device is `runtime.device` of the settings; dedicated: the stage is one process whose reward model has a GPU of
+    its own. Where no GPU is to be used, they are hidden from this process. Raises UsageError for what does not fit
+    together, ConfigError when the settings want another device or number of processes, UnavailableError when GPUs
+    are missing.
     """
     nodes = number(options.nodes, "--nodes", "RLHF_NODES", least=1) or 1
     rank = number(options.node_rank, "--node-rank", "RLHF_NODE_RANK", "JOB_COMPLETION_INDEX") or 0
@@ -60,7 +62,11 @@ def layout(options: argparse.Namespace, *, parallel: bool, device: str) -> Layou
     gpus = usable_gpus(number(options.gpus, "--gpus", "RLHF_GPUS"), device=device)
     if gpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    processes = number(options.processes, "--processes", "RLHF_PROCESSES", least=1) or max(gpus, 1)
+    processes = number(options.processes, "--processes", "RLHF_PROCESSES", least=1)
+    if dedicated:
+        processes = processes or 1
+        check_dedicated(gpus=gpus, processes=nodes * processes)
+    processes = processes or max(gpus, 1)
     return Layout(
         nodes=nodes,
         node_rank=rank,
