@@ -4,6 +4,9 @@ A stage that only computes, without a training's state, works through its items 
 are a line of a JSONL file, under a key that says what was computed from what; who continues reads them instead of
 computing again. A chunk is computed whole or not at all and always in the same company, so that the results are the
 same bits as those of a process that was never stopped.
+
+Of many processes each computes some of the chunks, and is told what the others found; the first one writes. Which
+process computes a chunk changes nothing, so that any number of them may continue what another number began.
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 from types import TracebackType
 from typing import Any, TypeAlias
 
 from rlhf.checkpoint import StageDir
+from rlhf.processes import process_count
+from rlhf.runtime import agreed, from_all, from_first
 from rlhf.stopping import StopSignal
 from rlhf.storage import storage_errors
 from rlhf.telemetry import append
@@ -31,16 +38,22 @@ class PartialResults:
     """Results by key, in `<stage>/<name>`; whoever opens them is the only one who writes.
 
     Values are what JSON holds; floats come back as the same bits, NaN and infinities included. A line that a killed
-    process left half-written, or that the disk has changed, is passed over. Raises StorageError when the volume
-    refuses, and LeaseLost when somebody else has taken the stage over.
+    process left half-written, or that the disk has changed, is passed over. Of many processes all hold all results,
+    as long as each adds the same; the first has the file. Raises StorageError when the volume refuses, and LeaseLost
+    when somebody else has taken the stage over.
     """
 
     def __init__(self, stage: StageDir, name: str) -> None:
         self._stage, self._path = stage, stage.path / name
-        with storage_errors(stage.path):
-            self._values = _read(self._path.read_bytes() if self._path.is_file() else b"")
+        self._file: FileIO | None = None
+        self._values = from_first(self._open)
+
+    def _open(self) -> dict[str, Any]:
+        with storage_errors(self._stage.path):
+            values = _read(self._path.read_bytes() if self._path.is_file() else b"")
         # A new file: what is appended does not continue a torn line.
-        self._file = stage.rewrite(name, "".join(_line(key, value) for key, value in self._values.items()))
+        self._file = self._stage.rewrite(self._path.name, "".join(_line(key, value) for key, value in values.items()))
+        return values
 
     def __enter__(self) -> PartialResults:
         return self
@@ -48,7 +61,8 @@ class PartialResults:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -60,14 +74,16 @@ class PartialResults:
         return len(self._values)
 
     def add(self, key: str, value: Any) -> None:
-        """Remember a result; it outlives this process once this returns."""
-        self._stage.check()
-        with storage_errors(self._stage.path):
-            append(self._file, _line(key, value))
+        """Remember a result; it outlives the first process once this has returned there."""
+        if self._file is not None:
+            self._stage.check()
+            with storage_errors(self._stage.path):
+                append(self._file, _line(key, value))
         self._values[key] = value
 
     def remove(self) -> None:
-        """Delete the file: what it was for is published."""
+        """Delete the file, in the first process: what it was for is published."""
+        assert self._file is not None, "the first process has the file"
         self._stage.check()
         self._file.close()
         with storage_errors(self._stage.path):
@@ -75,12 +91,16 @@ class PartialResults:
 
 
 class ChunkedWork:
-    """Works through items chunk by chunk, computing what is not there yet; a signal is heeded between two chunks."""
+    """Works through items chunk by chunk, computing what is not there yet; a signal is heeded between two chunks.
+
+    Many processes compute a round of chunks, one each, and then tell each other what they found. All of them have to
+    come here with the same items.
+    """
 
     def __init__(
         self, results: PartialResults, *, stop: StopSignal, watchdog: Watchdog, on_done: Callable[[int], None]
     ) -> None:
-        """on_done hears after each chunk how many items are done, over all calls."""
+        """on_done hears after each round how many items are done, over all calls."""
         self._results, self._stop, self._watchdog, self._on_done = results, stop, watchdog, on_done
         self._done = 0
 
@@ -93,31 +113,57 @@ class ChunkedWork:
     ) -> list[Any]:
         """One result an item, in their order; chunks holds the indices of the items that are computed together.
 
-        `what` names all that the results depend on beside the items. load is called, once, only when a chunk is
-        missing. Raises StopRequested between two chunks after a signal.
+        `what` names all that the results depend on beside the items. load is called, once, only in a process that
+        has a missing chunk to compute. Raises StopRequested between two rounds after a signal to any process.
         """
-        self._stop.check()
+        self._heed()
         keys = [_key(what, number, [items[index] for index in chunk]) for number, chunk in enumerate(chunks)]
-        # Not deferred: while a model is loaded there is nothing to lose, and a signal ends the process at once.
-        compute = None if all(key in self._results for key in keys) else load()
-        found: list[Any] = [None] * len(items)
+        missing = [number for number, key in enumerate(keys) if key not in self._results]
+        self._advance(sum(map(len, chunks)) - sum(len(chunks[number]) for number in missing))
+        mine = _rank()
+        # Deferred for many processes alone: while one loads a model there is nothing to lose, and a signal ends it.
+        with self._stop.together():
+            compute = load() if mine < len(missing) else None
         with self._stop.deferred():
-            for number, (key, chunk) in enumerate(zip(keys, chunks, strict=True)):
+            for start in range(0, len(missing), process_count()):
                 self._watchdog.beat()
-                if compute is not None and key not in self._results:
-                    self._results.add(key, list(compute(number, [items[index] for index in chunk])))
-                for index, value in zip(chunk, self._results[key], strict=True):
-                    found[index] = value
-                self._done += len(chunk)
-                self._on_done(self._done)
-                self._stop.check()
+                share = missing[start : start + process_count()]
+                found: tuple[int, list[Any]] | None = None
+                if compute is not None and mine < len(share):
+                    found = share[mine], list(compute(share[mine], [items[index] for index in chunks[share[mine]]]))
+                for number, values in filter(None, from_all(found)):
+                    self._results.add(keys[number], values)
+                self._advance(sum(len(chunks[number]) for number in share))
+                self._heed()
+        return self._in_order(items, chunks, keys)
+
+    def _in_order(self, items: Sequence[Any], chunks: Sequence[Sequence[int]], keys: Sequence[str]) -> list[Any]:
+        found: list[Any] = [None] * len(items)
+        for key, chunk in zip(keys, chunks, strict=True):
+            for index, value in zip(chunk, self._results[key], strict=True):
+                found[index] = value
         return found
+
+    def _advance(self, count: int) -> None:
+        self._watchdog.beat()
+        if count:
+            self._done += count
+            self._on_done(self._done)
+
+    def _heed(self) -> None:
+        if agreed(self._stop.requested):
+            self._stop.request()
+            self._stop.check()
 
 
 def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in chunks of `size`, the longest first: what does not fit into memory fails at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _key(what: Mapping[str, Any], number: int, items: Sequence[Any]) -> str:

@@ -30,9 +30,9 @@ STAGES = (
     Stage("fetch", ("seed", "data", "synthetic", "model", "prompt"), reads=()),
     Stage("sft", ("sft",), reads=("fetch",), parallel=True),
     Stage("reward", ("reward",), reads=("fetch", "sft"), parallel=True),
-    Stage("prepare", ("prepare",), reads=("fetch", "reward")),
+    Stage("prepare", ("prepare",), reads=("fetch", "reward"), parallel=True),
     Stage("ppo", ("ppo",), reads=("sft", "reward", "prepare"), parallel=True),
-    Stage("evaluate", ("evaluate",), reads=("fetch", "sft", "reward", "ppo")),
+    Stage("evaluate", ("evaluate",), reads=("fetch", "sft", "reward", "ppo"), parallel=True),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 

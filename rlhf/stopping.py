@@ -6,10 +6,11 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 
 from rlhf.errors import StopRequested
+from rlhf.processes import process_count
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,18 @@ class StopSignal:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """While the block runs, a signal is only remembered: the block looks at `requested`, saves and leaves."""
-        self._deferred = True
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
+
+    def together(self) -> AbstractContextManager[None]:
+        """As `deferred` where many processes share the stage; nothing alone, where the first signal ends the process.
+
+        One of many that left at once would break the others' connections, and they would end with a failure.
+        """
+        return self.deferred() if process_count() > 1 else nullcontext()
 
     def request(self) -> None:
         """Ask to stop, as a signal in a loop would."""

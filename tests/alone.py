@@ -54,10 +54,11 @@ class Alone:
             news = batch.step()
             tokens += [new.token for new in news]
         finish = str(news[-1].finish)
-        return Written(decode_response(self.tokenizer, tokens), tokens, finish, self._score([*prompt, *tokens]))
+        return Written(decode_response(self.tokenizer, tokens), tokens, finish, self.of([*prompt, *tokens]))
 
     def score(self, post: Post, summary: str) -> float:
-        return self._score([*self.prompt(post).ids, *encode_response(self.tokenizer, summary)])
+        return self.of([*self.prompt(post).ids, *encode_response(self.tokenizer, summary)])
 
-    def _score(self, ids: list[int]) -> float:
+    def of(self, ids: list[int]) -> float:
+        """The score of a prompt and its summary, as they stand."""
         return float(self._scorer.score([ids])[0])

@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,122 @@ def test_equal_chunks_are_told_apart_by_their_number(stage: StageDir) -> None:
         chunked = ChunkedWork(results, stop=StopSignal(), watchdog=watchdog, on_done=lambda done: None)
         chunked.results({}, [7, 7], [[0], [1]], doubling.load)
     assert doubling.computed == [(0, [7]), (1, [7])]
+
+
+class Ranks:
+    """Processes that share a stage, played by threads: what they tell each other goes through here.
+
+    One that ends with an exception breaks the others' connections.
+    """
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._here = threading.local()
+        self._meeting, self._told = threading.Barrier(count), list[Any]([None] * count)
+        self._count = count
+        monkeypatch.setattr("rlhf.partial.process_count", lambda: count)
+        monkeypatch.setattr("rlhf.partial._rank", lambda: self._here.rank)
+        monkeypatch.setattr("rlhf.partial.from_all", self.exchange)
+        monkeypatch.setattr("rlhf.partial.agreed", lambda flag: any(self.exchange(flag)))
+        monkeypatch.setattr(
+            "rlhf.partial.from_first", lambda find: self.exchange(find() if not self._here.rank else 0)[0]
+        )
+
+    def exchange(self, mine: Any) -> list[Any]:
+        self._told[self._here.rank] = mine
+        self._meeting.wait(timeout=20)
+        told = list(self._told)
+        self._meeting.wait(timeout=20)
+        return told
+
+    def run(self, play: Callable[[int], Any]) -> list[Any]:
+        """What each of them gives, or the exception that ended it."""
+
+        def one(rank: int) -> Any:
+            self._here.rank = rank
+            try:
+                return play(rank)
+            except BaseException as error:
+                self._meeting.abort()
+                return error
+
+        with ThreadPoolExecutor(self._count) as pool:
+            return list(pool.map(one, range(self._count)))
+
+
+LONGER = [[number] for number in range(5)]
+"""Five chunks of one item each."""
+
+
+def shared(stage: StageDir, works: Sequence[Doubling], stop: StopSignal, chunks: list[list[int]] = LONGER) -> Any:
+    """What a rank does, `stop` being the signal of rank 1; the partial file is the first's alone."""
+
+    def play(rank: int) -> list[int]:
+        heard = stop if rank == 1 else StopSignal()
+        with Watchdog(60) as watchdog, PartialResults(stage, NAME) as results:
+            assert (results._file is None) == (rank > 0)
+            work = ChunkedWork(results, stop=heard, watchdog=watchdog, on_done=lambda done: None)
+            return work.results({}, ITEMS[: len(chunks)], chunks, works[rank].load)
+
+    return play
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_processes_take_turns_and_each_has_all_results(
+    count: int, stage: StageDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = [Doubling() for _ in range(count)]
+    found = Ranks(count, monkeypatch).run(shared(stage, works, StopSignal()))
+    assert found == [[20, 22, 24, 26, 28]] * count
+    computed = [[number for number, _ in work.computed] for work in works]
+    assert computed == [list(range(rank, 5, count)) for rank in range(count)]
+    assert [work.loaded for work in works] == [1] * count
+    lines = [json.loads(line)["value"] for line in (stage.path / NAME).read_text(encoding="utf-8").splitlines()]
+    assert lines == [[20], [22], [24], [26], [28]]
+
+
+@pytest.mark.parametrize("chunks", [[], [[0]], [[0], [1]]])
+def test_who_has_no_chunk_to_compute_loads_nothing_and_waits_for_nobody(
+    chunks: list[list[int]], stage: StageDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = [Doubling() for _ in range(3)]
+    found = Ranks(3, monkeypatch).run(shared(stage, works, StopSignal(), chunks))
+    assert found == [[20, 22][: len(chunks)]] * 3
+    assert [work.loaded for work in works] == [1] * len(chunks) + [0] * (3 - len(chunks))
+
+
+def test_a_signal_to_one_process_stops_all_and_another_number_of_them_continues(
+    stage: StageDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopSignal()
+
+    class Stopped(Doubling):
+        def compute(self, number: int, items: Sequence[int]) -> list[int]:
+            stop.request()
+            return super().compute(number, items)
+
+    works = [Doubling(), Stopped()]
+    found = Ranks(2, monkeypatch).run(shared(stage, works, stop))
+    assert [type(one) for one in found] == [StopRequested, StopRequested]
+    assert [work.computed for work in works] == [[(0, [10])], [(1, [11])]]
+    others = [Doubling() for _ in range(3)]
+    assert Ranks(3, monkeypatch).run(shared(stage, others, StopSignal())) == [[20, 22, 24, 26, 28]] * 3
+    assert [work.computed for work in others] == [[(2, [12])], [(3, [13])], [(4, [14])]]
+
+
+def test_who_fails_takes_the_others_along_and_what_was_told_is_kept(
+    stage: StageDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Doubling):
+        def compute(self, number: int, items: Sequence[int]) -> list[int]:
+            if number == 3:
+                raise ValueError("out of memory")
+            return super().compute(number, items)
+
+    found = Ranks(2, monkeypatch).run(shared(stage, [Doubling(), Failing()], StopSignal()))
+    assert [type(one) for one in found] == [threading.BrokenBarrierError, ValueError]
+    alone = Doubling()
+    assert Ranks(1, monkeypatch).run(shared(stage, [alone], StopSignal())) == [[20, 22, 24, 26, 28]]
+    assert [number for number, _ in alone.computed] == [2, 3, 4]
 
 
 def test_chunks_begin_with_the_longest() -> None:

@@ -69,3 +69,25 @@ def test_who_loses_the_lease_is_asked_to_stop(stop: StopSignal) -> None:
     stop.request()
     with pytest.raises(StopRequested):
         stop.check()
+
+
+def test_a_block_within_a_deferred_one_ends_without_ending_the_deferral(stop: StopSignal) -> None:
+    with stop.deferred():
+        with stop.deferred():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (stop.requested, stop.interrupted) == (True, False)
+
+
+def test_many_processes_leave_together_and_one_leaves_at_once(
+    stop: StopSignal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with stop.together():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (stop.requested, stop.interrupted) == (True, False)
+    alone = StopSignal()
+    alone.install()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(KeyboardInterrupt), alone.together():
+        os.kill(os.getpid(), signal.SIGTERM)

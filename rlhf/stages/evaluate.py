@@ -59,10 +59,11 @@ from rlhf.evaluation import (
 from rlhf.generation import Summaries
 from rlhf.partial import ChunkedWork, PartialResults
 from rlhf.passes import PASSES, Inputs, policy_passes, score_summaries
+from rlhf.processes import is_first_process
 from rlhf.prompt import decode_response, encode_response
 from rlhf.report import write_report
 from rlhf.rouge import OfflineRouge
-from rlhf.runtime import prepare_runtime
+from rlhf.runtime import from_first, prepare_runtime
 from rlhf.stopping import StopSignal
 from rlhf.storage import UNFINISHED, remove
 from rlhf.synthetic import gold_score
@@ -78,35 +79,40 @@ PARTIAL = "results.partial.jsonl"
 def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     """Write `<run>/report/index.html` and publish `evaluate/final`.
 
-    Raises PrerequisiteError when an earlier stage is missing, and StopRequested after a signal, with all but the
-    batch in hand kept.
+    Many processes share steps 1 and 2; the first does the rest. Raises PrerequisiteError when an earlier stage is
+    missing, and StopRequested after a signal, with all but the batches in hand kept.
     """
-    finished = {name: StageDir(stage.run_dir, name).final() for name in ("fetch", "sft", "reward", "ppo")}
-    prepare_runtime(config.runtime, seed=config.seed)
-    tokenizer = load_tokenizer(finished["sft"], key="sft/final")
-    posts = load_examples(finished["fetch"] / "data", "test")[: config.evaluate.max_posts]
-    fitting = list(fitting_posts(tokenizer, posts, max_tokens=config.prompt.max_prompt_tokens, kind="test posts"))
-    examples, prompts = [example for example, _ in fitting], [ids for _, ids in fitting]
+    with stop.together():
+        finished = {name: StageDir(stage.run_dir, name).final() for name in ("fetch", "sft", "reward", "ppo")}
+        prepare_runtime(config.runtime, seed=config.seed)
+        tokenizer = load_tokenizer(finished["sft"], key="sft/final")
+        posts = load_examples(finished["fetch"] / "data", "test")[: config.evaluate.max_posts]
+        fitting = list(fitting_posts(tokenizer, posts, max_tokens=config.prompt.max_prompt_tokens, kind="test posts"))
+        examples, prompts = [example for example, _ in fitting], [ids for _, ids in fitting]
 
-    with (
-        Watchdog(config.runtime.hang_after_seconds) as watchdog,
-        PartialResults(stage, PARTIAL) as results,
-        Progress(stage, PASSES * len(examples), "summaries") as progress,
-    ):
-        work = ChunkedWork(results, stop=stop, watchdog=watchdog, on_done=progress.update)
-        inputs = Inputs(config, tokenizer, examples, prompts, finished, work)
-        # 1. Summaries and KL.
-        written, kl = policy_passes(inputs)
-        texts = all_texts(inputs, written)
-        # 2. Scores.
-        scores = score_summaries(inputs, texts, written)
-        # 3. What can be counted.
-        measured = measure(inputs, texts, scores, written, kl)
-        # 4. Means, files, report.
-        found = all_results(inputs, measured, left_out=len(posts) - len(examples))
-        with stop.deferred():
-            publish(stage, found, sample_rows([example.post for example in examples], texts, measured))
-            results.remove()
+        with (
+            Watchdog(config.runtime.hang_after_seconds) as watchdog,
+            PartialResults(stage, PARTIAL) as results,
+            Progress(stage, PASSES * len(examples), "summaries", enabled=is_first_process()) as progress,
+        ):
+            work = ChunkedWork(results, stop=stop, watchdog=watchdog, on_done=progress.update)
+            inputs = Inputs(config, tokenizer, examples, prompts, finished, work)
+            # 1. Summaries and KL.
+            written, kl = policy_passes(inputs)
+            texts = all_texts(inputs, written)
+            # 2. Scores.
+            scores = score_summaries(inputs, texts, written)
+
+            def conclude() -> None:
+                # 3. What can be counted.
+                measured = measure(inputs, texts, scores, written, kl)
+                # 4. Means, files, report.
+                found = all_results(inputs, measured, left_out=len(posts) - len(examples))
+                with stop.deferred():
+                    publish(stage, found, sample_rows([example.post for example in examples], texts, measured))
+                    results.remove()
+
+            from_first(conclude)
 
 
 def all_texts(inputs: Inputs, written: Mapping[str, Summaries]) -> dict[str, list[str]]:

@@ -25,10 +25,10 @@ from rlhf.environment import EnvironmentRow, write_environment
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import load_reward_model
 from rlhf.partial import ChunkedWork, Compute, PartialResults, chunks_by_length
+from rlhf.processes import is_first_process
 from rlhf.prompt import encode_prompt, encode_response
-from rlhf.runtime import choose_device, prepare_runtime, torch_dtype
-from rlhf.scoring import Scorer
-from rlhf.sequences import max_positions
+from rlhf.runtime import choose_device, from_first, prepare_runtime, torch_dtype
+from rlhf.scoring import Scorer, scorable_tokens
 from rlhf.stopping import StopSignal
 from rlhf.telemetry import Progress
 from rlhf.tokenizer import load_tokenizer
@@ -74,32 +74,37 @@ class Split:
 def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     """Tokenise the posts, score their references and publish `prepare/final`.
 
-    Raises PrerequisiteError when fetch or reward has not finished, DataError when no post is left, and
-    StopRequested after a signal, with the scores so far kept.
+    Many processes share the scoring; the first publishes. Raises PrerequisiteError when fetch or reward has not
+    finished, DataError when no post is left, and StopRequested after a signal, with the scores so far kept.
     """
-    data, reward = (StageDir(stage.run_dir, name).final() for name in ("fetch", "reward"))
-    prepare_runtime(config.runtime, seed=config.seed)
+    with stop.together():
+        data, reward = (StageDir(stage.run_dir, name).final() for name in ("fetch", "reward"))
+        prepare_runtime(config.runtime, seed=config.seed)
 
-    # 1. Prompts and references become token ids, each post once.
-    tokenizer = load_tokenizer(reward, key="reward/final")
-    splits = [encode_split(tokenizer, name, load_examples(data / "data", name), config.prompt) for name in SPLITS]
+        # 1. Prompts and references become token ids, each post once.
+        tokenizer = load_tokenizer(reward, key="reward/final")
+        splits = [encode_split(tokenizer, name, load_examples(data / "data", name), config.prompt) for name in SPLITS]
 
-    sequences = [candidate.sequence for split in splits for candidate in split.candidates]
-    with (
-        Watchdog(config.runtime.hang_after_seconds) as watchdog,
-        PartialResults(stage, PARTIAL) as results,
-        Progress(stage, len(sequences), "posts") as progress,
-    ):
-        # 2. Each prompt with its reference gets its score, once.
-        work = ChunkedWork(results, stop=stop, watchdog=watchdog, on_done=progress.update)
-        scores = iter(score_all(config, reward, tokenizer.pad_token_id, sequences, work))
-        # 3. Published: a row for each post whose reference has a score.
-        rows = {s.name: environment_rows(s, list(islice(scores, len(s.candidates)))) for s in splits}
-        for split in splits:
-            report(split, rows[split.name])
-        with stop.deferred():
-            publish(stage, rows, {split.name: summarise(split, rows[split.name]) for split in splits})
-            results.remove()
+        sequences = [candidate.sequence for split in splits for candidate in split.candidates]
+        with (
+            Watchdog(config.runtime.hang_after_seconds) as watchdog,
+            PartialResults(stage, PARTIAL) as results,
+            Progress(stage, len(sequences), "posts", enabled=is_first_process()) as progress,
+        ):
+            # 2. Each prompt with its reference gets its score, once.
+            work = ChunkedWork(results, stop=stop, watchdog=watchdog, on_done=progress.update)
+            scores = iter(score_all(config, reward, tokenizer.pad_token_id, sequences, work))
+
+            # 3. Published: a row for each post whose reference has a score.
+            def conclude() -> None:
+                rows = {s.name: environment_rows(s, list(islice(scores, len(s.candidates)))) for s in splits}
+                for split in splits:
+                    report(split, rows[split.name])
+                with stop.deferred():
+                    publish(stage, rows, {split.name: summarise(split, rows[split.name]) for split in splits})
+                    results.remove()
+
+            from_first(conclude)
 
 
 def encode_split(
@@ -138,7 +143,7 @@ def score_all(
 
     def load() -> Compute:
         model = load_reward_model(reward, dtype=torch_dtype(runtime.precision), device=device)
-        _check_length(config.prompt, max_positions(model))
+        _check_length(config.prompt, scorable_tokens(model))
         scorer = Scorer(model, pad_id=pad_id, batch_tokens=config.prepare.batch_tokens)
         return lambda number, chunk: scorer.score(chunk, allow_nonfinite=True).tolist()
 
