@@ -7,14 +7,18 @@ V vocabulary. A row is a left-padded prompt followed by a right-padded response.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.adapters import adapters_off, add_adapters, cast_frozen
+from rlhf.config import LoraConfig
 from rlhf.losses import token_entropy, token_logprobs
-from rlhf.models import backbone, position_ids, score_shift, split_backbone
+from rlhf.models import backbone, blocks, position_ids, score_shift, split_backbone
 
 
 class ActorOutput(NamedTuple):
@@ -53,7 +57,7 @@ class Branch(nn.Module):
         """Final hidden states, from the trunk's; from the ids where the trunk is empty."""
         inputs = {"input_ids": ids_BT}
         if trunk_BTH.shape[-1]:
-            inputs = {"inputs_embeds": trunk_BTH.to(next(self.top.parameters()).dtype)}
+            inputs = {"inputs_embeds": trunk_BTH.to(self.top.dtype)}
         return _run(self.top, mask_BT, **inputs)
 
     def logits(self, hidden_BRH: Tensor) -> Tensor:
@@ -67,11 +71,14 @@ class ActorCritic(nn.Module):
     With `unfrozen_layers` k, the top k blocks, the final norm and the LM head are trained (an LM head tied
     to the embeddings is untied first); the reference is a frozen copy of them. With "all", everything is
     trained, there is no trunk, and the reference is a full copy.
+    With `lora`, adapters in those blocks are trained instead, everything else in the policy is frozen, and nothing is
+    copied: the reference is the policy with its adapters off.
     Values come from a head on the policy, or from `value_model`, a sequence classifier trained as a whole.
     `policy` stays whole and shares its weights with this module: a generation engine that runs it sees
     every optimiser step. Trunk and reference weights are kept in frozen_dtype; when that is not float32,
     run the policy and the training pass under autocast.
-    Raises ValueError when k does not fit the model or when the model does not survive the split.
+    Raises ValueError when k does not fit the model or when the model does not survive the split, and ConfigError
+    when it cannot take the adapters.
     """
 
     def __init__(
@@ -82,26 +89,33 @@ class ActorCritic(nn.Module):
         temperature: float,
         value_model: PreTrainedModel | None = None,
         frozen_dtype: torch.dtype = torch.float32,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.temperature = temperature
+        adapters = lora if lora is not None and lora.rank is not None else None
         trunk, top = None, backbone(policy)
-        if unfrozen_layers == "all":
-            policy.requires_grad_(True)
-        else:
+        if unfrozen_layers != "all":
             trunk, top = split_backbone(top, unfrozen_layers)
-            _untie_lm_head(policy)
-            policy.requires_grad_(False)
-            top.requires_grad_(True)
-            policy.get_output_embeddings().requires_grad_(True)
+        if adapters is not None:
+            add_adapters(policy, adapters, key="ppo", top_layers=len(blocks(top)), seed=seed)
+        elif trunk is not None:
+            _train_top(policy, top)
+        else:
+            policy.requires_grad_(True)
         branch = Branch(top, policy.get_output_embeddings())
         # A tuple hides these views from nn.Module: their weights are registered once, as the policy's.
         self._views = (trunk, branch)
         self._check_split()
-        self.reference = copy.deepcopy(branch).requires_grad_(False).eval()
-        for frozen in (trunk, self.reference):
-            _cast_parameters(frozen, frozen_dtype)
+        self.reference: Branch | None = None
+        if adapters is None:
+            self.reference = copy.deepcopy(branch).requires_grad_(False).eval()
+            for frozen in (trunk, self.reference):
+                _cast_parameters(frozen, frozen_dtype)
+        else:
+            cast_frozen(policy, frozen_dtype)
         if value_model is not None:
             value_model.requires_grad_(True)
             self.value_head: ValueHead | PreTrainedModel = value_model
@@ -135,13 +149,24 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def reference_logprobs(self, trunk_BTH: Tensor, ids_BT: Tensor, mask_BT: Tensor, response_start: int) -> Tensor:
         """Log-probability of each response token under the frozen reference."""
-        hidden_BTH = self.reference.hidden(trunk_BTH, ids_BT, mask_BT)
-        logits_BRV = self.reference.logits(hidden_BTH[:, response_start - 1 : -1])
+        with self._reference_branch() as reference:
+            hidden_BTH = reference.hidden(trunk_BTH, ids_BT, mask_BT)
+            logits_BRV = reference.logits(hidden_BTH[:, response_start - 1 : -1])
         return token_logprobs(logits_BRV, ids_BT[:, response_start:], temperature=self.temperature)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves: the policy's branch and the value function."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def _reference_branch(self) -> Iterator[Branch]:
+        """The frozen copy; with adapters the policy's own branch, while they are off."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        _, branch = self._views
+        with adapters_off(branch):
+            yield branch
 
     def _values(self, hidden_BRH: Tensor, ids_BT: Tensor, mask_BT: Tensor, choosing: slice) -> Tensor:
         if isinstance(self.value_head, ValueHead):
@@ -176,6 +201,14 @@ def _run(body: PreTrainedModel, mask_BT: Tensor, **inputs: Tensor) -> Tensor:
     """Last hidden state of a backbone or a view of one."""
     output = body(attention_mask=mask_BT, position_ids=position_ids(mask_BT), use_cache=False, **inputs)
     return output.last_hidden_state
+
+
+def _train_top(policy: PreTrainedModel, top: PreTrainedModel) -> None:
+    """Train a view's blocks and norm and the LM head, and nothing else of the policy."""
+    _untie_lm_head(policy)
+    policy.requires_grad_(False)
+    top.requires_grad_(True)
+    policy.get_output_embeddings().requires_grad_(True)
 
 
 def _untie_lm_head(policy: PreTrainedModel) -> None:
