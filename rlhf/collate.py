@@ -6,7 +6,6 @@ Shapes: B rows of a batch, T tokens, K positions whose next token counts in the 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -136,16 +135,13 @@ class LengthGroupedSampler(Sampler[int]):
         return np.concatenate(by_length or [indices]).reshape(-1, self.batch_size)
 
 
-def micro_batches(order: Sequence[int], *, size: int, processes: int) -> list[list[int]]:
-    """An epoch's indices in micro-batches; number k belongs to process k modulo `processes`.
+def micro_batches(batch: Sequence[int], *, size: int, processes: int) -> list[list[int]]:
+    """The indices of an optimiser step in micro-batches; number k belongs to process k modulo `processes`.
 
-    Processes get equally many full ones: the first indices come again at the end to make up for those that lack.
-    One process takes the last as it is. Source: accelerate's BatchSamplerShard with even_batches.
+    Processes get equally many: an epoch's last step, which may be small, has empty ones at its end.
     """
-    if processes > 1:
-        lacking = -len(order) % (size * processes)
-        order = [*order, *itertools.islice(itertools.cycle(order), lacking)]
-    return [list(order[start : start + size]) for start in range(0, len(order), size)]
+    parts = [list(batch[start : start + size]) for start in range(0, len(batch), size)]
+    return parts + [[] for _ in range(-len(parts) % processes)]
 
 
 def pad_right(rows: Sequence[TokenIds], pad_id: int) -> tuple[Tensor, Tensor]:

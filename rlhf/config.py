@@ -28,6 +28,12 @@ def setting(
     return Field(default, description=meaning, json_schema_extra=extra, **constraints)
 
 
+DEEPSPEED = (
+    "how many processes share the state of training: `zero2`, `zero2-offload`, `zero3`, `zero3-offload`, or the path "
+    "of a DeepSpeed configuration (JSON); empty: each holds all of it (DDP)"
+)
+
+
 class Section(BaseModel):
     """A group of keys."""
 
@@ -135,6 +141,19 @@ class OptimizerConfig(Section):
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on a frozen model, in place of training its weights."""
+
+    rank: int | None = setting(None, "rank of the adapters; empty: no adapters, the weights are trained", ge=1)
+    alpha: float = setting(16.0, "an adapter's output is multiplied by alpha / rank", gt=0)
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "v_proj"), "names of the linear layers that get an adapter, as the model's class names them"
+    )
+    quantize: Literal["none", "4bit"] = setting(
+        "none", "how the frozen weights lie in memory; `4bit` (QLoRA) needs a GPU and bitsandbytes"
+    )
+
+
 class TrainerConfig(Section):
     """What SFT and the reward model's training have in common."""
 
@@ -145,7 +164,8 @@ class TrainerConfig(Section):
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass to save memory", may_change=True
     )
-    deepspeed: str | None = setting(None, "`zero2`, or the path of a DeepSpeed configuration (JSON); empty: none")
+    deepspeed: str | None = setting(None, DEEPSPEED, may_change=True)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     eval_every_steps: int = setting(
         500, "how often the held-out data is looked at", unit="optimiser steps", ge=1, may_change=True
     )
@@ -188,9 +208,41 @@ class PrepareConfig(Section):
     batch_tokens: int = setting(16384, "padded tokens in one scoring batch", unit="tokens", ge=1)
 
 
+class RemoteScorerConfig(Section):
+    """The service whose `POST /score` scores PPO's rollouts, with `ppo.reward_placement: remote`."""
+
+    url: str | None = setting(
+        None,
+        "where the service is, `http://rlhf-api:8000` say; it has to serve this run's reward model",
+        may_change=True,
+    )
+    api_key_file: str | None = setting(None, "a file that holds the service's API key; empty: none", may_change=True)
+    items_per_request: int = setting(64, "summaries in one request", unit="summaries", ge=1, may_change=True)
+    timeout_seconds: float = setting(30.0, "deadline of one request", unit="seconds", gt=0, may_change=True)
+    retry_seconds: float = setting(
+        45.0,
+        "tries go on for so long; then PPO waits, ready to be stopped, until the service is back",
+        unit="seconds",
+        gt=0,
+        may_change=True,
+    )
+
+
 class PpoConfig(Section):
     """Proximal policy optimisation against the reward model, leashed to the SFT policy."""
 
+    engine: Literal["builtin", "trlx"] = setting(
+        "builtin", "who runs the stage: this project, or trlX itself where it is installed"
+    )
+    deepspeed: str | None = setting(None, DEEPSPEED, may_change=True)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    reward_placement: Literal["colocated", "dedicated", "remote"] = setting(
+        "colocated",
+        "where rollouts are scored: by each process on its own device, on the GPU after the policy's (one process), or "
+        "by a service",
+        may_change=True,
+    )
+    remote: RemoteScorerConfig = Field(default_factory=RemoteScorerConfig)
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=5e-6,

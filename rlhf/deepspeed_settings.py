@@ -1,16 +1,10 @@
-"""DeepSpeed's part in SFT and the reward model's training: optimiser states shared among processes (ZeRO).
-
-Its checkpoint is its own: `global_step…/` beside the model, written by all processes, the one thing in a run
-that is pickled. Who resumes reads it from a directory that the manifest has confirmed.
-"""
+"""The settings of DeepSpeed's engine: files that we ship or a user's own, filled in from the run's configuration."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-from transformers.integrations import HfDeepSpeedConfig
 
 from rlhf.config import OptimizerConfig
 from rlhf.errors import ConfigError
@@ -38,11 +32,12 @@ def deepspeed_file(name: str | None, *, key: str) -> str | None:
 
 def deepspeed_settings(
     path: str, *, micro_batch_size: int, accumulation: int, processes: int, optimizer: OptimizerConfig, precision: str
-) -> HfDeepSpeedConfig:
-    """A DeepSpeed file with its `auto` values filled in; ZeRO-3 shards models that are loaded while this object lives.
+) -> dict[str, Any]:
+    """A DeepSpeed file with its `auto` values filled in; what depends on the model's width stays, for accelerate.
 
-    What depends on the model's width stays `auto`, for accelerate to fill. Raises ConfigError for a file that is
-    no JSON object, or whose values differ from the run's configuration.
+    Trained weights are float32 and `precision` is autocast's, as without DeepSpeed; only a file that enables bf16
+    itself, and float16, which needs a loss scale, make DeepSpeed keep weights in 16 bits beside float32 masters.
+    Raises ConfigError for a file that is no JSON object, or whose values differ from the run's configuration.
     """
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -65,13 +60,17 @@ def deepspeed_settings(
         part: Any = settings.setdefault(section, {})
         if not isinstance(part, dict):
             raise ConfigError(f"{path}: {section} holds {part!r}, not keys; correct it")
-        enabled = part.get("enabled", precision == name)
-        part["enabled"] = _filled(enabled, precision == name, path=path, key=f"{section}.enabled")
+        enabled = part.get("enabled", "auto")
+        if enabled == "auto":
+            enabled = precision == name == "float16"
+        part["enabled"] = _filled(enabled, precision == name and enabled, path=path, key=f"{section}.enabled")
+    if precision == "bfloat16" and not settings["bf16"]["enabled"]:
+        # No modules whose gradients may travel in 16 bits.
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        settings.setdefault("torch_autocast", autocast)
     settings["zero_allow_untested_optimizer"] = True
-    try:
-        return HfDeepSpeedConfig(settings)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is no DeepSpeed configuration: {error}; correct it") from error
+    settings["zero_force_ds_cpu_optimizer"] = False  # torch's own moves offloaded shards, without a compiler
+    return settings
 
 
 def _filled(value: Any, ours: Any, *, path: str, key: str) -> Any:

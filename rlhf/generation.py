@@ -87,11 +87,13 @@ class BuiltinEngine:
         sampling: Sampling,
         *,
         generator: torch.Generator | None = None,
+        chances_BR: Tensor | None = None,
     ) -> Generation:
         """A response to each prompt, all in one batch, on the model's device.
 
-        Greedy, a prompt's response does not depend on the other prompts; sampled, the same generator state
-        and prompts give the same responses. Raises ValueError for prompts that the model cannot take and
+        chances_BR are uniform numbers that were drawn before, one a token, in place of a generator's.
+        Greedy, a prompt's response does not depend on the other prompts; sampled, the same chances and prompts give
+        the same responses. Raises ValueError for prompts that the model cannot take and
         RlhfError when its log-probabilities are not finite.
         """
         if len(prompts) == 0:
@@ -101,7 +103,7 @@ class BuiltinEngine:
         response_BR = torch.full(shape_BR, self._pad_id, device=device)
         mask_BR = torch.zeros(shape_BR, dtype=torch.bool, device=device)
         logprobs_BR = torch.zeros(shape_BR, device=device)
-        chances_BR = _chances(shape_BR, generator).to(device)
+        chances_BR = (draw_chances(shape_BR, generator) if chances_BR is None else chances_BR).to(device)
         check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS
 
         rows_A = torch.arange(len(prompts), device=device)
@@ -195,7 +197,7 @@ def _generation(response_BR: Tensor, mask_BR: Tensor, logprobs_BR: Tensor, *, eo
     return Generation(response_BR[:, :longest], mask_BR[:, :longest], logprobs_BR[:, :longest], ended_B)
 
 
-def _chances(shape_BR: tuple[int, int], generator: torch.Generator | None) -> Tensor:
+def draw_chances(shape_BR: tuple[int, int], generator: torch.Generator | None) -> Tensor:
     """One uniform number a token, all drawn beforehand.
 
     What a row samples then depends on its own numbers, not on which other rows have ended.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -183,6 +184,8 @@ def _view(body: PreTrainedModel, layers: slice, without: str) -> PreTrainedModel
     kept = blocks(body)[layers]
     view = copy.copy(body)
     view._modules = {**body._modules, _blocks_name(body): kept, without: nn.Identity()}
+    # Whoever hooks into the body later, as DeepSpeed does, means that one.
+    vars(view).update({name: OrderedDict() for name in vars(body) if name.endswith(("_hooks", "_pre_hooks"))})
     view.config = copy.deepcopy(body.config)
     view.config.num_hidden_layers = len(kept)
     if getattr(body.config, "layer_types", None) is not None:

@@ -4,61 +4,73 @@ from __future__ import annotations
 
 import json
 import math
-
-import torch
+from dataclasses import dataclass
 
 from rlhf.advantages import k3
 from rlhf.environment import EnvironmentRow
+from rlhf.exchange import share_out
 from rlhf.oversight import Oversight
-from rlhf.ppo_setup import EVALUATION, Learner
+from rlhf.ppo_setup import EVALUATION, Learner, chances
 from rlhf.prompt import decode_response
 from rlhf.rollout import Rollout
-from rlhf.runtime import generator
+from rlhf.runtime import from_all
 from rlhf.telemetry import Stopwatch
+
+SUMMED = ("reward", "score", "kl", "response_tokens", "ended")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A held-out post's numbers, by the names of SUMMED, and its line in the table of samples."""
+
+    place: int
+    numbers: dict[str, float]
+    line: str
 
 
 def evaluate(learner: Learner, rows: list[EnvironmentRow], oversight: Oversight) -> dict[str, float]:
     """Step 6: summaries of held-out posts, sampled with the same chances each time, and a table of some."""
     config, accelerator = learner.config, learner.accelerator
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    mine = sorted(rows, key=lambda row: (len(row.prompt_ids), row.id))[rank::processes]
-    shown: list[Rollout] = []
-    sums = dict.fromkeys(("reward", "score", "kl", "response_tokens", "ended", "posts"), 0.0)
-    # As many chunks on each process, the last of some perhaps empty: they ask together whether to stop.
-    for start in range(0, -(-len(rows) // processes), config.ppo.rollout_chunk):
-        oversight.heed()
-        rollouts = learner.collector.collect(
-            mine[start : start + config.ppo.rollout_chunk],
-            stream=generator(config.seed, EVALUATION, rank, start, device=learner.device),
-            watch=Stopwatch(),
-        )
-        for rollout in rollouts:
-            sums["reward"] += rollout.score - rollout.row.reference_score * (config.ppo.reward == "delta")
-            sums["score"] += rollout.score
-            sums["kl"] += float(k3(rollout.reference_logprobs_R, rollout.logprobs_R).sum())
-            sums["response_tokens"] += len(rollout.response_R)
-            sums["ended"] += rollout.ended
-            sums["posts"] += 1
-        shown += rollouts[: config.ppo.sample_table_posts - len(shown)]
+    processes, chunk = accelerator.num_processes, config.ppo.rollout_chunk
+    rows = sorted(rows, key=lambda row: (len(row.prompt_ids), row.id))
+    places = share_out(len(rows), rank=accelerator.process_index, processes=processes)
+    seen: list[Seen] = []
+    with learner.strategy.whole():
+        # As many chunks on each process, the last of some perhaps empty: they ask together whether to stop.
+        for start in range(0, -(-len(rows) // processes), chunk):
+            oversight.heed()
+            mine = places[start : start + chunk]
+            rollouts = learner.collector.collect(
+                [rows[place] for place in mine],
+                chances_BR=chances(learner, mine, EVALUATION),
+                score=learner.scoring(oversight),
+                watch=Stopwatch(),
+            )
+            seen += [look(learner, place, rollout) for place, rollout in zip(mine, rollouts, strict=True)]
+    seen = sorted((one for theirs in from_all(seen) for one in theirs), key=lambda one: one.place)
     if accelerator.is_main_process:
-        write_samples(learner, shown)
-    totals = learner.sum_values({key: torch.tensor(value) for key, value in sums.items()})
-    return {f"ppo/eval_{key}": total / totals["posts"] for key, total in totals.items() if key != "posts"}
+        lines = [one.line for one in seen[: config.ppo.sample_table_posts]]
+        learner.stage.write_text(f"samples/step-{learner.iteration:08d}.jsonl", "".join(lines))
+    return {f"ppo/eval_{name}": sum(one.numbers[name] for one in seen) / len(seen) for name in SUMMED}
 
 
-def write_samples(learner: Learner, rollouts: list[Rollout]) -> None:
-    """A table of held-out posts, their summaries and scores, one JSON line each."""
-    lines = []
-    for rollout in rollouts:
-        row = {
-            "id": rollout.row.id,
-            "prompt": learner.tokenizer.decode(rollout.row.prompt_ids),
-            "summary": decode_response(learner.tokenizer, rollout.response_R.tolist()),
-            "score": rollout.score,
-            "reference_score": rollout.row.reference_score,
-        }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    learner.stage.write_text(f"samples/step-{learner.iteration:08d}.jsonl", "".join(lines))
+def look(learner: Learner, place: int, rollout: Rollout) -> Seen:
+    """What an evaluation keeps of a rollout."""
+    numbers = {
+        "reward": rollout.score - rollout.row.reference_score * (learner.config.ppo.reward == "delta"),
+        "score": rollout.score,
+        "kl": float(k3(rollout.reference_logprobs_R, rollout.logprobs_R).sum()),
+        "response_tokens": float(len(rollout.response_R)),
+        "ended": float(rollout.ended),
+    }
+    row = {
+        "id": rollout.row.id,
+        "prompt": learner.tokenizer.decode(rollout.row.prompt_ids),
+        "summary": decode_response(learner.tokenizer, rollout.response_R.tolist()),
+        "score": rollout.score,
+        "reference_score": rollout.row.reference_score,
+    }
+    return Seen(place, numbers, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def is_best(learner: Learner, held_out: dict[str, float]) -> bool:

@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.actor_critic import ActorCritic
 from rlhf.environment import EnvironmentRow
-from rlhf.generation import Engine, Sampling
-from rlhf.scoring import Scorer
+from rlhf.generation import BuiltinEngine, Sampling
 from rlhf.sequences import left_pad
 from rlhf.telemetry import Stopwatch
 
@@ -51,30 +50,38 @@ class Batch:
     response_start: int
 
 
+Score = Callable[[Sequence[Sequence[int]]], Tensor]
+"""Gives scores_B of token sequences, which need not be finite."""
+
+
 @dataclass(frozen=True)
 class Collector:
-    """Everything that has a part in a rollout."""
+    """Everything that has a part in a rollout but the reward model."""
 
     actor: ActorCritic
-    engine: Engine
-    scorer: Scorer
+    engine: BuiltinEngine
     sampling: Sampling
     pad_id: int
     autocast: Callable[[], AbstractContextManager[None]]
 
-    def collect(self, rows: Sequence[EnvironmentRow], *, stream: torch.Generator, watch: Stopwatch) -> list[Rollout]:
-        """Sample a summary for each prompt and evaluate it under policy, reference, value and reward model."""
+    def collect(
+        self, rows: Sequence[EnvironmentRow], *, chances_BR: Tensor, score: Score, watch: Stopwatch
+    ) -> list[Rollout]:
+        """Sample a summary for each prompt and evaluate it under policy, reference, value and reward model.
+
+        Without rows there is nothing to be done, of which `score` hears: it may be waiting for other processes.
+        """
         if not rows:
+            score([])
             return []
         prompts = [row.prompt_ids for row in rows]
         with watch("rollout"), self.autocast():
-            generation = self.engine.generate(prompts, self.sampling, generator=stream)
+            generation = self.engine.generate(prompts, self.sampling, chances_BR=chances_BR)
         lengths_B = generation.response_mask_BR.sum(dim=1).tolist()
         responses = [ids_R[:length] for ids_R, length in zip(generation.response_BR, lengths_B, strict=True)]
         with watch("score"):
             # Whoever trains on it looks at whether a score is finite, and says which post's is not.
-            sequences = [p + r.tolist() for p, r in zip(prompts, responses, strict=True)]
-            scores_B = self.scorer.score(sequences, allow_nonfinite=True)
+            scores_B = score([p + r.tolist() for p, r in zip(prompts, responses, strict=True)])
         with watch("experience"), self.autocast(), torch.no_grad():
             batch = join(prompts, responses, pad_id=self.pad_id, device=generation.response_BR.device)
             trunk_BTH = self.actor.trunk_states(batch.ids_BT, batch.mask_BT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -89,14 +89,22 @@ class HostBuffers:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are now, contiguous; from a GPU through pinned memory."""
-        for name, tensor in tensors.items():
+    def copy(self, tensors: Iterable[tuple[str, Tensor]], *, keep: bool = True) -> dict[str, Tensor]:
+        """Named tensors as they are now, contiguous; from a GPU through pinned memory.
+
+        They are taken one by one, so that a generator may make each when it is its turn. Without `keep` that is all.
+        """
+        copied, from_gpu = [], False
+        for name, tensor in tensors:
+            if not keep:
+                continue
             source, buffer = tensor.detach(), self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
                 buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
                 self._buffers[name] = buffer
             buffer.copy_(source, non_blocking=source.is_cuda)
-        if any(tensor.is_cuda for tensor in tensors.values()):
+            copied.append(name)
+            from_gpu |= source.is_cuda
+        if from_gpu:
             torch.cuda.synchronize()
-        return {name: self._buffers[name] for name in tensors}
+        return {name: self._buffers[name] for name in copied}

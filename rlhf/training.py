@@ -7,7 +7,8 @@
  5. what is due now: a line, an evaluation, a checkpoint
 
 The step's number alone says which examples come (`collate.LengthGroupedSampler`), so that nothing of the data's
-order has to be saved. A step that is skipped uses up its batch; the learning rate moves with the steps taken.
+order has to be saved, and the same ones come on any number of processes. A step that is skipped uses up its batch;
+the learning rate moves with the steps taken.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.checkpoint import StageDir
@@ -76,7 +75,7 @@ def train(
     """
     runtime, writes = config.runtime, is_first_process()
     health = Health(stage, tolerate=runtime.max_bad_steps)
-    learner = build_learner(task, accelerator, plan, health)
+    learner = build_learner(task, accelerator, plan, health, precision=runtime.precision)
     if start:
         load_training(learner, start[1])
     position = learner.position
@@ -92,7 +91,8 @@ def train(
         session = Session(task, learner, tokenizer, stage, runtime, metrics, progress, saver, oversight)
         measured = train_to_end(session, seed=config.seed)
         saver.wait()  # the last step's save reads the model's config, which a stage may change now
-        numbers = task.finish(measured, session.interrupted)
+        with learner.strategy.whole(), learner.strategy.autocast():
+            numbers = task.finish(measured, session.interrupted)
         watchdog.beat()
         if numbers is None:
             leave(session)
@@ -106,7 +106,7 @@ def train_to_end(session: Session, *, seed: int) -> dict[str, float]:
     section, total = task.section, learner.plan.total_steps
     lengths = [example.length for example in task.examples]
     sampler = LengthGroupedSampler(lengths, batch_size=section.batch_size, seed=seed)
-    order: list[list[int]] = []
+    order: list[int] = []
     save_due = False
     while True:
         # 1. A line of metrics that is due, with its evaluation
@@ -127,12 +127,12 @@ def train_to_end(session: Session, *, seed: int) -> dict[str, float]:
         epoch, number = divmod(position.step, learner.plan.epoch_steps)
         if not order or number == 0:
             sampler.epoch = epoch
-            order = micro_batches(list(sampler), size=section.micro_batch_size, processes=learner.processes)
-        share = learner.plan.accumulation * learner.processes
-        parts = order[number * share : (number + 1) * share]
+            order = list(sampler)
+        batch = order[number * section.batch_size : (number + 1) * section.batch_size]
+        parts = micro_batches(batch, size=section.micro_batch_size, processes=learner.processes)
         step = optimise(session, parts[learner.rank :: learner.processes])
         position.step += 1
-        record(session, step, [index for part in parts for index in part])
+        record(session, step, batch)
 
         # 5. What is due now: a line and an evaluation, which the next round writes, a checkpoint
         position.evaluation_due = position.step % section.eval_every_steps == 0 or position.step == total
@@ -144,20 +144,25 @@ def train_to_end(session: Session, *, seed: int) -> dict[str, float]:
 
 
 def optimise(session: Session, parts: Sequence[Sequence[int]]) -> Step:
-    """One optimiser step on this process's micro-batches, given as indices of examples."""
+    """One optimiser step on this process's micro-batches, given as indices of examples.
+
+    An empty one is made up for by the first example, which then does not count: all processes take part alike.
+    """
     task, learner, started = session.task, session.learner, time.monotonic()
-    batches = [to_device(task.collate([task.examples[index] for index in part]), learner) for part in parts]
-    counts = torch.stack([torch.stack((task.count(batch), batch["attention_mask"].sum())) for batch in batches])
-    items, tokens = learner.total(counts.sum(dim=0)).tolist()
+    batches = [to_device(task.collate([task.examples[index] for index in part or [0]]), learner) for part in parts]
+    counts = [
+        torch.stack((task.count(batch), batch["attention_mask"].sum())) * bool(part)
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+    items, tokens = learner.total(torch.stack(counts).sum(dim=0)).tolist()
     loss = torch.zeros((), device=learner.accelerator.device)
-    learner.model.train()
-    for batch in batches:
-        last = batch is batches[-1]
-        with nullcontext() if last or learner.engine else learner.accelerator.no_sync(learner.model):
-            part = task.loss(learner.model, batch) / items
+    learner.network.train()
+    for number, (part, batch) in enumerate(zip(parts, batches, strict=True), start=1):
+        with learner.strategy.micro_batch(last=number == len(parts)):
+            share = task.loss(learner.strategy.model, batch) * bool(part) / items
             # Gradients are averaged over processes, but this is already a share of the whole.
-            backward(learner, part * learner.processes, last=last)
-        loss += part.detach()
+            learner.strategy.backward(share * learner.processes)
+        loss += share.detach()
         session.oversight.watchdog.beat()
     whole = float(learner.total(loss))
     rate = float(learner.schedule.get_last_lr()[0])
@@ -165,43 +170,16 @@ def optimise(session: Session, parts: Sequence[Sequence[int]]) -> Step:
     return Step(whole, tokens, grad_norm, rate, time.monotonic() - started, wrong)
 
 
-def backward(learner: Learner, loss: Tensor, *, last: bool) -> None:
-    """Add the gradients of a micro-batch; with the last one they are summed over processes."""
-    if learner.engine is None:
-        learner.accelerator.backward(loss)
-    else:
-        learner.engine.set_gradient_accumulation_boundary(is_boundary=last)
-        learner.engine.backward(loss, scale_wrt_gas=False)
-
-
 def update(learner: Learner, loss: float, *, clip: float) -> tuple[float, str | None]:
-    """Clip the gradients and take the optimiser's step; returns their norm, and why the step was skipped, if it was.
+    """Take the optimiser's step; the norm of the gradients, and why the step was skipped, if it was.
 
-    Overflows while float16 finds its scale are no fault: the scaler skips such a step by itself. All that is looked
-    at is the same on all processes.
+    All that is looked at is the same on all processes.
     """
-    scaler, engine = learner.accelerator.scaler, learner.engine
-    if engine is not None:
-        engine.step()  # clips, and skips what is not finite
-        grad_norm, searches = float(engine.get_global_grad_norm()), learner.accelerator.mixed_precision == "fp16"
-    else:
-        norm = learner.accelerator.clip_grad_norm_(learner.model.parameters(), clip)
-        grad_norm, searches = float(norm), scaler is not None
-    wrong = None
-    if not math.isfinite(loss):
-        wrong = f"the loss is {loss}"
-    elif not math.isfinite(grad_norm) and not searches:
-        wrong = f"the norm of the gradient is {grad_norm}"
-    if wrong is None:
-        learner.optimizer.step()
-        if not learner.optimizer.step_was_skipped:
-            learner.schedule.step()
-    elif scaler is not None:
-        scaler.update()
-    learner.optimizer.zero_grad()
-    if scaler is not None and scaler.get_scale() < 1:
-        wrong = f"the scale of float16 fell to {scaler.get_scale():g}"
-    return grad_norm, wrong
+    wrong = None if math.isfinite(loss) else f"the loss is {loss}"
+    stepped = learner.strategy.step(clip=clip, wrong=wrong)
+    if stepped.taken:
+        learner.schedule.step()
+    return stepped.grad_norm, stepped.wrong
 
 
 def record(session: Session, step: Step, indices: Sequence[int]) -> None:
@@ -242,7 +220,8 @@ def due_line(session: Session, step: Step) -> dict[str, float] | None:
 def evaluate(session: Session) -> dict[str, float]:
     """Measure on held-out data. Raises StopRequested, with the state saved, when asked to stop meanwhile."""
     session.learner.network.eval()
-    measured = session.task.evaluate(session.interrupted)
+    with session.learner.strategy.whole(), session.learner.strategy.autocast():
+        measured = session.task.evaluate(session.interrupted)
     if measured is None:
         leave(session)
     facts = " ".join(f"{key.rpartition('/')[2]}={value:.4g}" for key, value in measured.items())

@@ -8,10 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,17 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.checkpoint import StageDir
 from rlhf.collate import EncodedExample, EncodedPair
 from rlhf.config import OptimizerConfig, RewardConfig, RuntimeConfig, SftConfig
-from rlhf.deepspeed_settings import deepspeed_file, deepspeed_settings
-from rlhf.errors import ConfigError
 from rlhf.health import Health
 from rlhf.oversight import Oversight
 from rlhf.processes import process_count
-from rlhf.runtime import ACCELERATE_PRECISION
 from rlhf.saver import Saver
 from rlhf.schedule import learning_rate_scheduler
+from rlhf.sharding import Share, Strategy, spread
 from rlhf.shares import check_training_shares
 from rlhf.telemetry import Metrics, Progress
-from rlhf.training_state import HostState
 
 Batch = dict[str, Tensor]
 Interrupted = Callable[[], bool]
@@ -42,7 +36,10 @@ NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$
 
 @dataclass(frozen=True)
 class Plan:
-    """How many micro-batches of one process make an optimiser step, how many such steps make an epoch and the run."""
+    """How many micro-batches of one process make an optimiser step, how many such steps make an epoch and the run.
+
+    Of these only the first depends on the number of processes.
+    """
 
     accumulation: int
     epoch_steps: int
@@ -57,8 +54,7 @@ def plan_training(section: SftConfig | RewardConfig, *, name: str, examples: int
     processes = process_count()
     check_training_shares(section, name=name, processes=processes)
     accumulation = section.batch_size // (section.micro_batch_size * processes)
-    batches = math.ceil(math.ceil(examples / section.micro_batch_size) / processes)
-    epoch_steps = math.ceil(batches / accumulation)
+    epoch_steps = math.ceil(examples / section.batch_size)
     steps = math.ceil(section.epochs * epoch_steps)
     return Plan(accumulation, epoch_steps, total_steps=min(steps, section.max_steps or steps))
 
@@ -68,13 +64,15 @@ class Task:
     """What a stage wants trained.
 
     loss gives the summed loss of a batch's counted items, count their number: the loss of a step is the sum over
-    all its micro-batches and processes divided by their number. evaluate measures the model on held-out data, with
+    all its micro-batches and processes divided by their number. source loads what the stage started from, for
+    adapters to be merged into. evaluate measures the model on held-out data, with
     metrics under `<stage>/`; None when it was interrupted. finish does what is left once training is over, and gives
     what stands in metrics.json, from the last evaluation; None when it was interrupted.
     """
 
     section: SftConfig | RewardConfig
     model: PreTrainedModel
+    source: Callable[[], PreTrainedModel]
     examples: Sequence[EncodedExample] | Sequence[EncodedPair]
     collate: Callable[[Sequence[Any]], Batch]
     count: Callable[[Batch], Tensor]
@@ -117,41 +115,6 @@ class Position:
         self.due = due and {key: math.nan if value is None else value for key, value in due.items()}
 
 
-def make_accelerator(
-    section: SftConfig | RewardConfig, *, name: str, plan: Plan, runtime: RuntimeConfig, device: torch.device
-) -> Accelerator:
-    """Accelerate for this stage. Make it before the model: DeepSpeed's ZeRO-3 shards it as it loads.
-
-    Raises ConfigError for a DeepSpeed file that is not there and for float16 without a GPU.
-    """
-    on_cpu = device.type == "cpu"
-    if on_cpu and runtime.precision == "float16":
-        raise ConfigError("runtime.precision=float16 trains on a GPU only; use bfloat16 or float32 on the CPU")
-    # Else each process holds its gradients twice.
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    plugin, path = None, deepspeed_file(section.deepspeed, key=f"{name}.deepspeed")
-    if path is not None:
-        settings = deepspeed_settings(
-            path,
-            micro_batch_size=section.micro_batch_size,
-            accumulation=plan.accumulation,
-            processes=process_count(),
-            optimizer=section.optimizer,
-            precision=runtime.precision,
-        )
-        plugin = DeepSpeedPlugin(hf_ds_config=settings)
-        if on_cpu:  # else accelerate takes each process for the only one
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    return Accelerator(
-        mixed_precision=ACCELERATE_PRECISION[runtime.precision],
-        cpu=on_cpu and plugin is None,  # said aloud it drops the plugin
-        deepspeed_plugin=plugin,
-        # The loop divides by what it counts; DeepSpeed wants to know all the same.
-        gradient_accumulation_steps=plan.accumulation if plugin else 1,
-        kwargs_handlers=handlers,
-    )
-
-
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW over the weights that are trained; biases and norms do not decay."""
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
@@ -162,6 +125,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
             without = id(parameter) in norms or NOT_DECAYED.search(name.lower())
             (kept if without else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -172,18 +136,11 @@ class Learner:
     plan: Plan
     accelerator: Accelerator
     network: PreTrainedModel
-    model: nn.Module  # the network as accelerate wraps it: its backward pass synchronises gradients
-    optimizer: AcceleratedOptimizer
+    strategy: Strategy
     schedule: LambdaLR
-    host: HostState
     health: Health
     position: Position = field(default_factory=Position)
     saved_step: int = 0
-
-    @property
-    def engine(self) -> Any:
-        """DeepSpeed's, where it is used."""
-        return self.model if self.accelerator.distributed_type == DistributedType.DEEPSPEED else None
 
     @property
     def processes(self) -> int:
@@ -222,13 +179,17 @@ class Session:
         return self.oversight.asked() and self.learner.health.is_well
 
 
-def build_learner(task: Task, accelerator: Accelerator, plan: Plan, health: Health) -> Learner:
+def share_of(section: SftConfig | RewardConfig, plan: Plan) -> Share:
+    """What an optimiser step is to one process."""
+    return Share(section.micro_batch_size, plan.accumulation)
+
+
+def build_learner(task: Task, accelerator: Accelerator, plan: Plan, health: Health, *, precision: str) -> Learner:
     """A training at its beginning, on this process's device."""
     network, config = task.model, task.section.optimizer
     if task.section.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(network, config)
     schedule = learning_rate_scheduler(optimizer, total=plan.total_steps, config=config)
-    host = HostState(network)
-    model, wrapped = accelerator.prepare(network, optimizer)
-    return Learner(plan, accelerator, network, model, wrapped, schedule, host, health)
+    strategy = spread(accelerator, network, optimizer, precision=precision)
+    return Learner(plan, accelerator, network, strategy, schedule, health)

@@ -7,7 +7,7 @@ that was never stopped.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -104,28 +104,33 @@ def _known(value: Tensor) -> float | None:
 class HostState:
     """A model's weights and its optimiser's moments in host memory, for a save in the background.
 
-    A copy is good until the next one. Weights that never change are copied once.
+    A copy is good until the next one. Weights that never change are copied once. `whole` gives a weight that is
+    sharded over processes as it is without; without `keep` it is asked for, since it may take all processes, and
+    nothing else happens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        named = model.named_parameters(remove_duplicate=False)
-        self._trained = {name for name, parameter in named if parameter.requires_grad}
-        self._frozen: dict[str, Tensor] = {}
+    def __init__(
+        self, model: nn.Module, *, whole: Callable[[Tensor], Tensor] = lambda weight: weight, keep: bool = True
+    ) -> None:
+        self._model, self._whole, self._keep = model, whole, keep
+        self._frozen: dict[str, Tensor] | None = None
         self._weights, self._moments = HostBuffers(), HostBuffers()
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as `model.state_dict()` names them; names of one tensor there share their copy."""
-        owner: dict[tuple[int, torch.Size], str] = {}
-        weights = self._model.state_dict()
-        owners = {name: owner.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in weights.items()}
-        if not self._frozen:
-            still = {name: weights[name] for name in owner.values() if name not in self._trained}
-            self._frozen = HostBuffers().copy(still)
-        moved = {name: weights[name] for name in owner.values() if name in self._trained}
-        copies = self._frozen | self._weights.copy(moved)
-        return {name: copies[first] for name, first in owners.items()}
+        """The weights as `model.state_dict()` names them; names of one weight there share their copy."""
+        named = self._model.state_dict(keep_vars=True)
+        owner: dict[int, str] = {}
+        owners = {name: owner.setdefault(id(weight), name) for name, weight in named.items()}
+        trained = {name: named[name] for name in owner.values() if named[name].requires_grad}
+        if self._frozen is None:
+            still = ((name, named[name]) for name in owner.values() if name not in trained)
+            self._frozen = self._copied(HostBuffers(), still)
+        copies = self._frozen | self._copied(self._weights, trained.items())
+        return {name: copies[first] for name, first in owners.items()} if self._keep else {}
 
     def moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """What `optimizer_tensors` gives, copied."""
-        return self._moments.copy(optimizer_tensors(optimizer))
+        return self._moments.copy(optimizer_tensors(optimizer).items())
+
+    def _copied(self, buffers: HostBuffers, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return buffers.copy(((name, self._whole(weight)) for name, weight in weights), keep=self._keep)

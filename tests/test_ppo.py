@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +15,36 @@ from safetensors.torch import load_file
 
 from rlhf.checkpoint import StageDir
 from rlhf.config import Config
-from rlhf.data import load_examples, write_jsonl
 from rlhf.environment import EnvironmentRow, load_environment
 from rlhf.errors import ConfigError, DivergedError, PrerequisiteError, StopRequested
-from rlhf.models import reward_model_from_policy
+from rlhf.generation import draw_chances
 from rlhf.ppo_evaluation import is_best
-from rlhf.ppo_setup import build_learner
-from rlhf.ppo_state import load_learner
-from rlhf.prompt import encode_prompt
+from rlhf.ppo_setup import Learner, build_learner
 from rlhf.rollout import Collector, Rollout, minibatch
 from rlhf.runtime import generator
 from rlhf.saver import Saver
 from rlhf.stages import ppo
 from rlhf.stopping import StopSignal
 from rlhf.telemetry import Stopwatch, read_metrics
-from rlhf.tokenizer import load_tokenizer
-from tests.tiny_run import fetched_run, tiny_config
+from tests.tiny_run import ppo_config, ready_for_ppo
 
 RUNTIME = {"device": "cpu", "tensorboard": False, "max_bad_steps": 2}
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run that has all that PPO needs: the base model stands for SFT, a fresh head for the reward model."""
-    run_dir = fetched_run(tmp_path)
-    base = StageDir(run_dir, "fetch").final() / "base"
-    tokenizer = load_tokenizer(base, key="base")
-    for stage in ("sft", "reward"):
-        with StageDir(run_dir, stage).publish(1, final=True) as directory:
-            source = base if stage == "sft" else run_dir / "sft" / "final"
-            if stage == "sft":
-                for file in source.iterdir():
-                    (directory / file.name).write_bytes(file.read_bytes())
-            else:
-                model = reward_model_from_policy(source, seed=5)
-                model.save_pretrained(directory)
-                tokenizer.save_pretrained(directory)
-    data = StageDir(run_dir, "fetch").final() / "data"
-    with StageDir(run_dir, "prepare").publish(0, final=True) as directory:
-        for split in ("train", "valid"):
-            rows = [
-                {
-                    "id": example.post.id,
-                    "prompt_ids": encode_prompt(tokenizer, example.post, max_tokens=96).ids,
-                    "cut_tokens": 0,
-                    "reference_score": 0.25,
-                }
-                for example in load_examples(data, split)
-            ]
-            write_jsonl(directory / f"environment-{split}.jsonl", rows)
-    return run_dir
+    return ready_for_ppo(tmp_path)
 
 
-def config(**ppo_settings: Any) -> Config:
-    settings = {
-        "iterations": 3,
-        "unfrozen_layers": 1,
-        "rollouts_per_iteration": 8,
-        "rollout_chunk": 4,
-        "inner_epochs": 2,
-        "minibatch_size": 4,
-        "micro_batch_size": 4,
-        "eval_every_iterations": 2,
-        "eval_posts": 4,
-        "save_every_iterations": 1,
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
-    } | ppo_settings
-    return Config.model_validate(tiny_config().model_dump() | {"ppo": settings})
+config = ppo_config
+
+
+def collect(learner: Learner, rows: list[EnvironmentRow]) -> list[Rollout]:
+    """Rollouts by the chances of seed 1."""
+    shape = (len(rows), learner.config.prompt.max_response_tokens)
+    score = partial(learner.scorer.score, allow_nonfinite=True)
+    chances_BR = draw_chances(shape, generator(1))
+    return learner.collector.collect(rows, chances_BR=chances_BR, score=score, watch=Stopwatch())
 
 
 def train(run_dir: Path, settings: Config, stop: StopSignal | None = None) -> dict[str, torch.Tensor]:
@@ -101,7 +65,7 @@ def test_before_the_first_step_kl_is_0_and_the_ratio_1(
     settings = config(unfrozen_layers=unfrozen_layers, value_network=value_network, temperature=temperature)
     learner = build_learner(settings, StageDir(run_dir, "ppo"))
     rows = load_environment(run_dir / "prepare" / "final", "train")[:6]
-    rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
+    rollouts = collect(learner, rows)
     for rollout in rollouts:
         torch.testing.assert_close(rollout.logprobs_R, rollout.reference_logprobs_R, atol=1e-5, rtol=0)
         # What the sampler said of its tokens is what the training pass says of them.
@@ -179,25 +143,13 @@ def test_a_stop_that_finds_nothing_new_saves_nothing(run_dir: Path) -> None:
     assert [directory.name for _, directory in StageDir(run_dir, "ppo").steps()] == ["step-00000000"]
 
 
-def test_rollouts_in_hand_need_as_many_processes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config()
-    with pytest.raises(StopRequested):
-        train(run_dir, settings, AfterQuestions(5))  # an evaluation, two chunks of rollouts, two minibatches
-    _, directory = StageDir(run_dir, "ppo").latest() or (0, run_dir)
-    assert (directory / "rollouts-00000.safetensors").is_file()
-    learner = build_learner(settings, StageDir(run_dir, "ppo"))
-    monkeypatch.setattr(type(learner.accelerator), "num_processes", 2)
-    with pytest.raises(ConfigError, match="saved in the middle of an iteration by 1 process"):
-        load_learner(learner, directory, load_environment(run_dir / "prepare" / "final", "train"))
-
-
 def test_micro_batches_give_the_minibatchs_gradient(run_dir: Path) -> None:
     """Rows of unlike length: a mean of micro-batch means would differ."""
     norms = []
     for micro in (4, 1):
         learner = build_learner(config(micro_batch_size=micro), StageDir(run_dir, "ppo"))
         rows = load_environment(run_dir / "prepare" / "final", "train")[:4]
-        rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
+        rollouts = collect(learner, rows)
         cut = [_cut(rollout, 3 + 5 * number) for number, rollout in enumerate(rollouts)]
         experience, _ = ppo.learn_from(learner, cut)
         norms.append(ppo.optimise_minibatch(learner, experience, torch.arange(4)))
@@ -232,7 +184,7 @@ def _cut(rollout: ppo.Rollout, length: int) -> ppo.Rollout:
 def test_rewards_of_sequences(run_dir: Path, settings: dict[str, Any], expected: list[float]) -> None:
     learner = build_learner(config(**settings), StageDir(run_dir, "ppo"))
     rows = load_environment(run_dir / "prepare" / "final", "train")[:2]
-    rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
+    rollouts = collect(learner, rows)
     made = [replace(rollouts[0], score=3.0, ended=True), replace(rollouts[1], score=-1.0, ended=False)]
     assert ppo.sequence_rewards(learner, made).tolist() == pytest.approx(expected)
 
@@ -250,7 +202,7 @@ def test_prompts_come_in_epochs_without_repetition(run_dir: Path) -> None:
 def test_a_minibatch_pads_trunk_states_as_it_pads_ids(run_dir: Path) -> None:
     learner = build_learner(config(), StageDir(run_dir, "ppo"))
     rows = sorted(load_environment(run_dir / "prepare" / "final", "train"), key=lambda row: len(row.prompt_ids))
-    rollouts = learner.collector.collect([rows[0], rows[-1]], stream=generator(1), watch=Stopwatch())
+    rollouts = collect(learner, [rows[0], rows[-1]])
     batch, trunk_BTH = minibatch(rollouts, pad_id=learner.collector.pad_id)
     recomputed_BTH = learner.actor.trunk_states(batch.ids_BT, batch.mask_BT)
     torch.testing.assert_close(trunk_BTH[batch.mask_BT], recomputed_BTH[batch.mask_BT], atol=1e-5, rtol=0)
@@ -286,9 +238,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: set[int], what: str) -
     collect = Collector.collect
     calls = {"n": 0}
 
-    def wrong(self: Collector, rows: Any, *, stream: torch.Generator, watch: Stopwatch) -> list[Rollout]:
-        rollouts = collect(self, rows, stream=stream, watch=watch)
-        if "rollout" not in watch.seconds or stream is None or len(rollouts) != 4:
+    def wrong(self: Collector, rows: Any, **how: Any) -> list[Rollout]:
+        rollouts = collect(self, rows, **how)
+        if len(rollouts) != 4:
             return rollouts
         calls["n"] += 1
         # The first evaluation is call 1; then two calls an iteration, and an evaluation after every second.
@@ -333,14 +285,14 @@ def test_wrong_rollouts_in_a_row_end_the_run_before_a_checkpoint(
 def test_a_gradient_that_is_not_finite_moves_nothing(run_dir: Path) -> None:
     learner = build_learner(config(), StageDir(run_dir, "ppo"))
     rows = load_environment(run_dir / "prepare" / "final", "train")[:4]
-    rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
+    rollouts = collect(learner, rows)
     experience, _ = ppo.learn_from(learner, rollouts)
     experience.advantages_BR[0, 0] = float("inf")
     before = {name: tensor.clone() for name, tensor in learner.actor.state_dict().items()}
     assert ppo.optimise_minibatch(learner, experience, torch.arange(4)) is None
     assert same(before, learner.actor.state_dict())
     (line,) = read_metrics(run_dir / "ppo" / "bad-batches.jsonl")
-    assert line == {"step": 1, "reason": "the gradient is not finite", "ids": [row.id for row in rows]}
+    assert line == {"step": 1, "reason": "the norm of the gradient is nan", "ids": [row.id for row in rows]}
     assert not learner.health.is_well
     experience.advantages_BR[0, 0] = 0.0
     assert ppo.optimise_minibatch(learner, experience, torch.arange(4)) is not None
@@ -352,9 +304,10 @@ def test_a_loss_scale_may_be_sought_but_not_collapse(run_dir: Path) -> None:
     learner = build_learner(config(), StageDir(run_dir, "ppo"))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     learner.accelerator.scaler = scaler
-    learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, scaler=scaler)
+    replicas: Any = learner.strategy
+    replicas._wrapped = AcceleratedOptimizer(replicas._optimizer, scaler=scaler)
     rows = load_environment(run_dir / "prepare" / "final", "train")[:4]
-    rollouts = learner.collector.collect(rows, stream=generator(1), watch=Stopwatch())
+    rollouts = collect(learner, rows)
     experience, _ = ppo.learn_from(learner, rollouts)
     experience.advantages_BR[0, 0] = float("inf")
     before = {name: tensor.clone() for name, tensor in learner.actor.state_dict().items()}

@@ -93,14 +93,14 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_follows_them(
 def test_a_host_copy_is_of_its_own_and_its_memory_is_kept() -> None:
     host = HostBuffers()
     weights = {"a": torch.arange(6.0).reshape(2, 3).t(), "b": torch.ones(2, dtype=torch.bfloat16)}
-    copies = host.copy(weights)
+    copies = host.copy(weights.items())
     expected = {name: tensor.clone() for name, tensor in weights.items()}
     for tensor in weights.values():
         tensor.zero_()
     assert all(torch.equal(copies[name], expected[name]) for name in weights)
     assert copies["a"].is_contiguous()
     assert copies["b"].dtype == torch.bfloat16
-    again = host.copy(weights)
+    again = host.copy(weights.items())
     assert all(again[name].data_ptr() == copies[name].data_ptr() for name in weights)
     assert all(torch.equal(again[name], weights[name]) for name in weights)
-    assert host.copy({"a": torch.ones(1)})["a"].shape == (1,)
+    assert host.copy([("a", torch.ones(1))])["a"].shape == (1,)

@@ -8,22 +8,22 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch.utils.data import BatchSampler
 
 from rlhf import training
 from rlhf.checkpoint import StageDir
 from rlhf.collate import ExampleCollator, LengthGroupedSampler, micro_batches
 from rlhf.data import load_examples
 from rlhf.errors import DivergedError, PrerequisiteError, StopRequested
+from rlhf.replicas import Replicas
 from rlhf.schedule import learning_rate_scheduler
 from rlhf.stages.sft import encode_examples
 from rlhf.training_setup import Learner, Plan, Position, Window, make_optimizer
@@ -216,13 +216,13 @@ def test_too_many_bad_steps_end_the_training_before_anything_bad_is_saved(
 class HalfPrecision:
     """What the loop's update needs of an accelerator with a scaler, on the CPU, where accelerate makes none."""
 
-    distributed_type, mixed_precision, num_processes = "NO", "fp16", 1
-
-    def __init__(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
+    def __init__(self, scale: float) -> None:
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        Accelerator(cpu=True)  # its state, which the optimiser's wrapper looks at
+
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
         self.inner = optimizer
-        Accelerator(cpu=True)  # its state, which the wrapper looks at
-        self.optimizer = AcceleratedOptimizer(optimizer, scaler=self.scaler)
+        return model, AcceleratedOptimizer(optimizer, scaler=self.scaler)
 
     def clip_grad_norm_(self, parameters: Iterator[torch.nn.Parameter], clip: float) -> torch.Tensor:
         self.scaler.unscale_(self.inner)
@@ -232,7 +232,7 @@ class HalfPrecision:
 def stepped(learner: Learner, *, loss: float, gradient: float) -> tuple[float, str | None]:
     """An update after a backward pass with these results."""
     learner.accelerator.scaler.scale(torch.zeros(()))  # as a backward pass does; it makes the scale
-    learner.model.weight.grad = torch.full((1, 2), gradient) * learner.accelerator.scaler.get_scale()
+    learner.network.weight.grad = torch.full((1, 2), gradient) * learner.accelerator.scaler.get_scale()
     return training.update(learner, loss, clip=1.0)
 
 
@@ -240,8 +240,8 @@ def test_a_scaler_may_search_but_not_collapse() -> None:
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     schedule = learning_rate_scheduler(optimizer, total=9, config=CONFIG.sft.optimizer)
-    half = HalfPrecision(optimizer, scale=4.0)
-    learner = Learner(Plan(1, 9, 9), half, model, model, half.optimizer, schedule, HostState(model), None)
+    half = HalfPrecision(scale=4.0)
+    learner = Learner(Plan(1, 9, 9), half, model, Replicas(half, model, optimizer), schedule, None)
     before = model.weight.detach().clone()
     # 4 is too much, 2 is too much, 1 still is, and then there is no room left.
     assert [stepped(learner, loss=1.0, gradient=math.inf)[1] for _ in range(2)] == [None, None]
@@ -282,14 +282,14 @@ def test_every_step_and_batch_is_a_sign_of_life(fetched: Path, monkeypatch: pyte
     assert len(beats) == LOOKS + (10 * 2 - 1) + 3 + 1 + 1
 
 
-@pytest.mark.parametrize(("processes", "size", "count"), [(1, 4, 26), (2, 4, 26), (3, 2, 12), (4, 2, 5), (2, 3, 7)])
-def test_examples_are_shared_out_as_accelerate_does(processes: int, size: int, count: int) -> None:
-    order = list(np.random.default_rng(0).permutation(count))
-    ours = micro_batches(order, size=size, processes=processes)
-    for rank in range(processes):
-        sampler = BatchSampler(order, size, drop_last=False)
-        theirs = list(BatchSamplerShard(sampler, processes, rank)) if processes > 1 else list(sampler)
-        assert ours[rank::processes] == theirs
+def test_a_step_is_shared_out_among_processes() -> None:
+    batch = [7, 5, 3, 1, 0, 2, 4, 6]
+    assert micro_batches(batch, size=2, processes=1) == [[7, 5], [3, 1], [0, 2], [4, 6]]
+    assert micro_batches(batch, size=2, processes=4)[1::4] == [[3, 1]]
+    # The last step of an epoch: as many micro-batches for each process, some of them empty.
+    assert micro_batches(batch[:5], size=2, processes=1) == [[7, 5], [3, 1], [0]]
+    assert micro_batches(batch[:5], size=2, processes=2) == [[7, 5], [3, 1], [0], []]
+    assert micro_batches(batch[:1], size=2, processes=4) == [[7], [], [], []]
 
 
 def test_biases_and_norms_do_not_decay() -> None:

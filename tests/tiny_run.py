@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.checkpoint import StageDir
 from rlhf.config import Config, TinyModelConfig
-from rlhf.data import Comparison, Example, write_jsonl
-from rlhf.models import create_tiny_gptj
-from rlhf.prompt import Post
+from rlhf.data import Comparison, Example, load_examples, write_jsonl
+from rlhf.models import create_tiny_gptj, reward_model_from_policy
+from rlhf.prompt import Post, encode_prompt
+from rlhf.tokenizer import load_tokenizer
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 THINGS = ("cat", "dog", "car", "house", "boss", "cake", "phone", "exam")
@@ -86,3 +87,52 @@ def tiny_config(**changes: dict[str, Any]) -> Config:
     for section, values in changes.items():
         sections[section] = {**sections[section], **values}
     return Config.model_validate(sections)
+
+
+def ready_for_ppo(runs_dir: Path) -> Path:
+    """A run that has all that PPO needs: the base model stands for SFT, a fresh head for the reward model."""
+    run_dir = fetched_run(runs_dir)
+    base = StageDir(run_dir, "fetch").final() / "base"
+    tokenizer = load_tokenizer(base, key="base")
+    for stage in ("sft", "reward"):
+        with StageDir(run_dir, stage).publish(1, final=True) as directory:
+            source = base if stage == "sft" else run_dir / "sft" / "final"
+            if stage == "sft":
+                for file in source.iterdir():
+                    (directory / file.name).write_bytes(file.read_bytes())
+            else:
+                model = reward_model_from_policy(source, seed=5)
+                model.save_pretrained(directory)
+                tokenizer.save_pretrained(directory)
+    data = StageDir(run_dir, "fetch").final() / "data"
+    with StageDir(run_dir, "prepare").publish(0, final=True) as directory:
+        for split in ("train", "valid"):
+            rows = [
+                {
+                    "id": example.post.id,
+                    "prompt_ids": encode_prompt(tokenizer, example.post, max_tokens=96).ids,
+                    "cut_tokens": 0,
+                    "reference_score": 0.25,
+                }
+                for example in load_examples(data, split)
+            ]
+            write_jsonl(directory / f"environment-{split}.jsonl", rows)
+    return run_dir
+
+
+def ppo_config(**ppo_settings: Any) -> Config:
+    """Three iterations of eight rollouts, two inner epochs of two minibatches; and `ppo_settings`."""
+    settings = {
+        "iterations": 3,
+        "unfrozen_layers": 1,
+        "rollouts_per_iteration": 8,
+        "rollout_chunk": 4,
+        "inner_epochs": 2,
+        "minibatch_size": 4,
+        "micro_batch_size": 4,
+        "eval_every_iterations": 2,
+        "eval_posts": 4,
+        "save_every_iterations": 1,
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+    } | ppo_settings
+    return Config.model_validate(tiny_config().model_dump() | {"ppo": settings})

@@ -17,29 +17,31 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import nullcontext
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from rlhf.actor_critic import ActorOutput
 from rlhf.advantages import gae, k1, k3, token_rewards, whiten
 from rlhf.checkpoint import StageDir
 from rlhf.config import Config
 from rlhf.environment import EnvironmentRow, load_environment
 from rlhf.errors import StopRequested
+from rlhf.exchange import exchange, share_out
 from rlhf.experience import Experience, InHand
 from rlhf.losses import policy_loss, value_loss
 from rlhf.oversight import Interrupted, Oversight
 from rlhf.ppo_evaluation import evaluate, is_best
-from rlhf.ppo_setup import PROMPTS, SAMPLING, SHUFFLE, Learner, build_learner
+from rlhf.ppo_setup import PROMPTS, SAMPLING, SHUFFLE, Learner, build_learner, chances
 from rlhf.ppo_state import load_learner, snapshot
 from rlhf.rollout import Rollout, minibatch, stack
-from rlhf.runtime import from_all, from_first, generator, wait_for_all
+from rlhf.runtime import from_first, generator, wait_for_all
 from rlhf.saver import Saver
 from rlhf.stopping import StopSignal
 from rlhf.telemetry import Metrics, Progress, Stopwatch
 from rlhf.training_state import load_schedule
+from rlhf.trlx.train import run as run_trlx
 from rlhf.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -53,11 +55,15 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     Raises PrerequisiteError when SFT, the reward model or the environment is missing, StopRequested after a signal,
     with the state saved, and DivergedError when the numbers went wrong for good.
     """
+    if config.ppo.engine == "trlx":
+        run_trlx(config, stage, stop)
+        return
     environment = StageDir(stage.run_dir, "prepare").final()
     train = load_environment(environment, "train")
     valid = load_environment(environment, "valid")[: config.ppo.eval_posts]
-    learner = build_learner(config, stage)
-    if saved := from_first(stage.latest):
+    saved = from_first(stage.latest)
+    learner = build_learner(config, stage, start=saved[1] if saved else None, stopped=lambda: stop.requested)
+    if saved:
         load_learner(learner, saved[1], train)
     writes, done = learner.accelerator.is_main_process, learner.iteration
     first = done if learner.unlogged is not None else done + 1
@@ -109,13 +115,13 @@ def iterate(learner: Learner, rows: list[EnvironmentRow], oversight: Oversight) 
     watch = Stopwatch()
     if learner.in_hand is None:
         rollouts = sample(learner, draw_prompts(learner, rows), watch, oversight)
-        if ids := everyones([rollout.row.id for rollout in rollouts if not is_sound(rollout)]):
+        if ids := [rollout.row.id for rollout in rollouts if not is_sound(rollout)]:
             skip_iteration(learner, {}, "a score or a log-probability of the rollouts is not finite", ids)
             return
         experience, values = learn_from(learner, rollouts)
         if not values["ppo/kl"] <= learner.config.ppo.max_kl:
             reason = f"the rollouts' KL to SFT is {values['ppo/kl']:.4g} nats, over ppo.max_kl"
-            skip_iteration(learner, values, reason, everyones([rollout.row.id for rollout in rollouts]))
+            skip_iteration(learner, values, reason, [rollout.row.id for rollout in rollouts])
             return
         learner.in_hand = InHand(experience, values | times(watch))
     watch = Stopwatch()
@@ -138,7 +144,7 @@ def skip_iteration(learner: Learner, values: dict[str, float], reason: str, ids:
 
 
 def draw_prompts(learner: Learner, rows: list[EnvironmentRow]) -> list[EnvironmentRow]:
-    """This process's share of the next prompts, in an order shuffled anew each epoch, then by length."""
+    """The next prompts, in an order shuffled anew each epoch, then by length, so that those of a batch are alike."""
     config, count = learner.config, learner.config.ppo.rollouts_per_iteration
     drawn: list[EnvironmentRow] = []
     for place in range(learner.iteration * count, (learner.iteration + 1) * count):
@@ -146,23 +152,29 @@ def draw_prompts(learner: Learner, rows: list[EnvironmentRow]) -> list[Environme
         if not drawn or index == 0:
             order = torch.randperm(len(rows), generator=generator(config.seed, PROMPTS, epoch)).tolist()
         drawn.append(rows[order[index]])
-    # Prompts of like length share a batch, and each process gets as many of each length.
-    drawn.sort(key=lambda row: (len(row.prompt_ids), row.id))
-    return drawn[learner.accelerator.process_index :: learner.accelerator.num_processes]
+    return sorted(drawn, key=lambda row: (len(row.prompt_ids), row.id))
 
 
 def sample(learner: Learner, rows: list[EnvironmentRow], watch: Stopwatch, oversight: Oversight) -> list[Rollout]:
-    """Rollouts in chunks. Stopped in between they are dropped: the same chances give the same ones again."""
-    config, rank = learner.config, learner.accelerator.process_index
-    rollouts: list[Rollout] = []
-    for start in range(0, len(rows), config.ppo.rollout_chunk):
-        oversight.heed()
-        rollouts += learner.collector.collect(
-            rows[start : start + config.ppo.rollout_chunk],
-            stream=generator(config.seed, SAMPLING, learner.iteration, rank, start, device=learner.device),
-            watch=watch,
-        )
-    return rollouts
+    """A rollout for each prompt: each process samples and scores its share in chunks, then all have all.
+
+    Stopped in between they are dropped: the same chances give the same ones again.
+    """
+    ppo, accelerator = learner.config.ppo, learner.accelerator
+    places = share_out(len(rows), rank=accelerator.process_index, processes=accelerator.num_processes)
+    mine: list[Rollout] = []
+    with learner.strategy.whole():
+        for start in range(0, len(places), ppo.rollout_chunk):
+            oversight.heed()
+            chunk = places[start : start + ppo.rollout_chunk]
+            mine += learner.collector.collect(
+                [rows[place] for place in chunk],
+                chances_BR=chances(learner, chunk, SAMPLING, learner.iteration),
+                score=learner.scoring(oversight),
+                watch=watch,
+            )
+    with watch("experience"):
+        return exchange(mine, rows, learner.device)
 
 
 def is_sound(rollout: Rollout) -> bool:
@@ -172,7 +184,10 @@ def is_sound(rollout: Rollout) -> bool:
 
 
 def learn_from(learner: Learner, rollouts: list[Rollout]) -> tuple[Experience, dict[str, float]]:
-    """Step 3: scores and KL penalties become token rewards, advantages and returns."""
+    """Step 3: scores and KL penalties become token rewards, advantages and returns.
+
+    Every process computes the same from all rollouts; what is decided by are the first one's numbers.
+    """
     ppo = learner.config.ppo
     logprobs_BR = stack([rollout.logprobs_R for rollout in rollouts])
     reference_BR = stack([rollout.reference_logprobs_R for rollout in rollouts])
@@ -182,7 +197,7 @@ def learn_from(learner: Learner, rollouts: list[Rollout]) -> tuple[Experience, d
 
     token_rewards_BR = token_rewards(rewards_B, k1(logprobs_BR, reference_BR), mask_BR, kl_coef=learner.kl.coef)
     advantages_BR, returns_BR = gae(token_rewards_BR, values_BR, mask_BR, gamma=ppo.gamma, lam=ppo.lam)
-    whitened_BR = whiten(advantages_BR, mask_BR, reduce=learner.sum_over_processes)
+    whitened_BR = whiten(advantages_BR, mask_BR)
 
     # k3 of KL(policy || reference) on the policy's own samples; 0 for a masked column.
     kl_B = k3(reference_BR, logprobs_BR).sum(dim=1)
@@ -199,7 +214,8 @@ def learn_from(learner: Learner, rollouts: list[Rollout]) -> tuple[Experience, d
         "ppo/ended": torch.tensor([float(rollout.ended) for rollout in rollouts]).mean(),
         "ppo/sampler_gap": torch.tensor([rollout.sampler_gap for rollout in rollouts]).max(),
     }
-    return Experience(rollouts, whitened_BR, returns_BR), learner.mean_values(values)
+    numbers = from_first(lambda: {key: float(value) for key, value in values.items()})
+    return Experience(rollouts, whitened_BR, returns_BR), numbers
 
 
 def sequence_rewards(learner: Learner, rollouts: list[Rollout]) -> Tensor:
@@ -215,7 +231,7 @@ def sequence_rewards(learner: Learner, rollouts: list[Rollout]) -> Tensor:
     if ppo.clip_score is not None:
         score_B = score_B.clamp(-ppo.clip_score, ppo.clip_score)
     if ppo.scale_score == "running":
-        _, std = learner.moments.update(learner.accelerator.gather(score_B.to(learner.device)).cpu())
+        _, std = learner.moments.update(score_B)
         score_B = score_B / std
     return score_B
 
@@ -236,31 +252,30 @@ def optimise(learner: Learner, in_hand: InHand, oversight: Oversight) -> None:
 
 
 def minibatches(learner: Learner) -> list[Tensor]:
-    """This process's rollouts, by number, of each minibatch of all inner epochs, shuffled anew in each epoch."""
-    ppo, share = learner.config.ppo, learner.accelerator.num_processes
+    """The rollouts, by number, of each minibatch of all inner epochs, shuffled anew in each epoch."""
+    ppo = learner.config.ppo
     order: list[Tensor] = []
     for epoch in range(ppo.inner_epochs):
         stream = generator(learner.config.seed, SHUFFLE, learner.iteration, epoch)
-        shuffled = torch.randperm(ppo.rollouts_per_iteration // share, generator=stream)
-        order += shuffled.split(ppo.minibatch_size // share)
+        order += torch.randperm(ppo.rollouts_per_iteration, generator=stream).split(ppo.minibatch_size)
     return order
 
 
 def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor) -> dict[str, float] | None:
-    """One optimiser step; the gradient is that of the mean over all tokens of the minibatch on all processes.
+    """One optimiser step; the gradient is that of the mean over all tokens of the minibatch, shared by all processes.
 
     Its metrics; None when a number went wrong, so that the step was skipped.
     """
-    ppo, accelerator = learner.config.ppo, learner.accelerator
-    tokens = learner.sum_over_processes(experience.mask_BR[picked].sum().double())
+    ppo, accelerator, strategy = learner.config.ppo, learner.accelerator, learner.strategy
+    tokens = experience.mask_BR[picked].sum().double()
     totals: dict[str, Tensor] = {}
-    parts = picked.split(ppo.micro_batch_size)
+    parts = picked[accelerator.process_index :: accelerator.num_processes].split(ppo.micro_batch_size)
     for part in parts:
         batch, trunk_BTH = minibatch([experience.rollouts[i] for i in part.tolist()], pad_id=learner.collector.pad_id)
         mask_BR = batch.response_mask_BR
         columns = slice(0, mask_BR.shape[1])
-        with nullcontext() if part is parts[-1] else accelerator.no_sync(learner.model):
-            output = learner.model(trunk_BTH, batch.ids_BT, batch.mask_BT, batch.response_start)
+        with strategy.micro_batch(last=part is parts[-1]):
+            output = ActorOutput(*strategy.model(trunk_BTH, batch.ids_BT, batch.mask_BT, batch.response_start))
             policy, policy_stats = policy_loss(
                 output.logprobs_BR,
                 experience.logprobs_BR[part, columns],
@@ -277,7 +292,7 @@ def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor)
             )
             share = mask_BR.sum() / tokens
             # Processes' gradients are averaged, so each counts its share times their number.
-            accelerator.backward((policy + ppo.vf_coef * value) * share * accelerator.num_processes)
+            strategy.backward((policy + ppo.vf_coef * value) * share * accelerator.num_processes)
         stats = {
             "ppo/policy_loss": policy.detach(),
             "ppo/value_loss": value.detach(),
@@ -292,22 +307,16 @@ def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor)
 
 def take_step(learner: Learner, totals: dict[str, Tensor], *, ids: list[str]) -> dict[str, float] | None:
     """Clip the gradients and move the weights, unless the gradients are not finite; ids are the minibatch's posts."""
-    accelerator, optimizer = learner.accelerator, learner.config.ppo.optimizer
-    grad_norm = float(accelerator.clip_grad_norm_(learner.actor.trainable_parameters(), optimizer.max_grad_norm))
+    rate = float(learner.schedule.get_last_lr()[0])
+    stepped = learner.strategy.step(clip=learner.config.ppo.optimizer.max_grad_norm)
     values = learner.sum_values(totals)
-    values |= {"ppo/grad_norm": grad_norm, "ppo/learning_rate": learner.optimizer.param_groups[0]["lr"]}
-    sound = math.isfinite(grad_norm)
-    if sound or accelerator.scaler is not None:  # which skips such a step by itself, and takes a smaller scale
-        learner.optimizer.step()
     # By its number: torch's own step() complains where the optimiser's was skipped.
     load_schedule(learner.schedule, learner.schedule.last_epoch + 1)
-    learner.optimizer.zero_grad()
-    if sound:
+    if stepped.taken:
         learner.health.fine()
-        return values
-    # With float16, infinities are part of finding the loss scale; one below 1 has collapsed.
-    if accelerator.scaler is None or accelerator.scaler.get_scale() < 1.0:
-        learner.health.skip(learner.iteration + 1, "the gradient is not finite", everyones(ids))
+        return values | {"ppo/grad_norm": stepped.grad_norm, "ppo/learning_rate": rate}
+    if stepped.wrong is not None:
+        learner.health.skip(learner.iteration + 1, stepped.wrong, ids)
     return None
 
 
@@ -326,11 +335,6 @@ def leave(learner: Learner, saver: Saver) -> NoReturn:
     saver.wait()
     wait_for_all()
     raise StopRequested("stopped on request, the state is saved; run the same command again to continue")
-
-
-def everyones(ids: list[str]) -> list[str]:
-    """The ids of all processes, on all."""
-    return [one for share in from_all(ids) for one in share]
 
 
 def times(watch: Stopwatch) -> dict[str, float]:

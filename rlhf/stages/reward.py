@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,18 +23,21 @@ from rlhf.checkpoint import StageDir
 from rlhf.collate import EncodedPair, PairCollator, pair_id, token_ids
 from rlhf.config import Config, PromptConfig
 from rlhf.data import Comparison, Example, load_comparisons, load_examples
-from rlhf.errors import DataError, DivergedError
+from rlhf.errors import ConfigError, DataError, DivergedError
+from rlhf.lora import adapt
 from rlhf.losses import pairwise_divergent_loss, pairwise_last_loss
-from rlhf.models import freeze_bottom, load_reward_model, reward_model_from_policy
+from rlhf.models import REWARD_HEAD, freeze_bottom, load_reward_model, reward_model_from_policy
 from rlhf.preference import Pairs, preference_metrics
 from rlhf.prompt import encode_prompt, encode_response
-from rlhf.runtime import from_first, prepare_runtime
+from rlhf.quantized import check_quantize
+from rlhf.runtime import from_first, prepare_runtime, torch_dtype
 from rlhf.scoring import Scorer, token_scores
+from rlhf.sharding import make_accelerator, shards_weights
 from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
 from rlhf.training import train
 from rlhf.training_eval import held_out_rows
-from rlhf.training_setup import Batch, Interrupted, Task, make_accelerator, plan_training
+from rlhf.training_setup import Batch, Interrupted, Task, plan_training, share_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +62,38 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
 
     # 2. The policy's weights under a fresh head, or the newest checkpoint of an interrupted run.
     plan = plan_training(config.reward, name="reward", examples=len(pairs))
-    accelerator = make_accelerator(config.reward, name="reward", plan=plan, runtime=config.runtime, device=device)
+    accelerator = make_accelerator(
+        config.reward.deepspeed,
+        key="reward.deepspeed",
+        share=share_of(config.reward, plan),
+        optimizer=config.reward.optimizer,
+        runtime=config.runtime,
+        device=device,
+    )
     start = from_first(stage.latest)
-    model = load_reward_model(start[1]) if start else reward_model_from_policy(policy, seed=config.seed)
-    frozen = freeze_bottom(model, config.reward.frozen_fraction)
+    fresh, lora = functools.partial(reward_model_from_policy, policy, seed=config.seed), config.reward.lora
+    check_quantize(lora, key="reward", device=device, sharded=shards_weights(accelerator))
+    if lora.rank is None:
+        model = load_reward_model(start[1]) if start else fresh()
+        frozen = freeze_bottom(model, config.reward.frozen_fraction)
+    else:
+        model = fresh()
+        frozen = freeze_bottom(model, config.reward.frozen_fraction)
+        if frozen == model.config.num_hidden_layers:
+            raise ConfigError(
+                f"reward.frozen_fraction={config.reward.frozen_fraction} leaves no block to the adapters; lower it"
+            )
+        model = adapt(
+            model,
+            lora,
+            key="reward",
+            seed=config.seed,
+            dtype=torch_dtype(config.runtime.precision),
+            device=accelerator.device,
+            start=start[1] if start else None,
+            top_layers=model.config.num_hidden_layers - frozen,
+            also_train=(REWARD_HEAD.removesuffix(".weight"),),
+        )
     score_every_position(model)
     logger.info("frozen blocks=%d fraction=%g", frozen, config.reward.frozen_fraction)
 
@@ -74,12 +104,13 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     task = Task(
         section=config.reward,
         model=model,
+        source=fresh,
         examples=pairs,
         collate=collate,
         count=counted_pairs,
         loss=functools.partial(pair_loss, kind=config.reward.loss),
         evaluate=evaluation,
-        finish=lambda _, interrupted: shift_scores(model, scorer, references, accelerator, evaluation, interrupted),
+        finish=lambda _, interrupted: shift_scores(model, scorer, references, evaluation, interrupted),
     )
     train(task, plan, accelerator, config=config, stage=stage, tokenizer=tokenizer, start=start, stop=stop)
 
@@ -217,20 +248,20 @@ def shift_scores(
     model: PreTrainedModel,
     scorer: Scorer,
     references: Sequence[Sequence[int]],
-    accelerator: Accelerator,
     evaluation: Evaluation,
     interrupted: Interrupted,
 ) -> dict[str, Any] | None:
     """Make the references' scores average 0; returns what stands in metrics.json, None when interrupted."""
     model.eval()
     model.config.score_shift = 0.0  # a resumed model may carry one
-    scores: list[Tensor] = []
-    for start in range(0, len(references), SHIFT_CHUNK):
-        if interrupted():
-            return None
-        with accelerator.autocast():
-            scores.append(scorer.score(references[start : start + SHIFT_CHUNK]))
-    score_N = torch.cat(scores)
+
+    def score(chunk: Sequence[Sequence[int]]) -> Tensor:
+        return scorer.score(chunk).unsqueeze(1)
+
+    rows_N1 = held_out_rows(references, score, size=SHIFT_CHUNK, interrupted=interrupted)
+    if rows_N1 is None:
+        return None
+    score_N = torch.from_numpy(rows_N1).squeeze(1)
     model.config.score_shift = float(score_N.mean())
     return evaluation.details | {
         "reward/score_mean": float(score_N.mean()),

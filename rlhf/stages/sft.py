@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,15 +28,18 @@ from rlhf.config import Config, PromptConfig
 from rlhf.data import Example, load_examples
 from rlhf.errors import DivergedError
 from rlhf.generation import BuiltinEngine, Sampling
+from rlhf.lora import adapt
 from rlhf.models import load_policy, stamp_prompt_version
 from rlhf.prompt import decode_response, encode_prompt, encode_response
+from rlhf.quantized import check_quantize
 from rlhf.rouge import rouge_scores
-from rlhf.runtime import from_first, prepare_runtime
+from rlhf.runtime import from_first, prepare_runtime, torch_dtype
+from rlhf.sharding import make_accelerator, shards_weights
 from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
 from rlhf.training import train
 from rlhf.training_eval import held_out_rows
-from rlhf.training_setup import Batch, Interrupted, Task, make_accelerator, plan_training
+from rlhf.training_setup import Batch, Interrupted, Task, plan_training, share_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +57,29 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
 
     # 2. The base model, or the newest checkpoint of an interrupted run.
     plan = plan_training(config.sft, name="sft", examples=len(examples))
-    accelerator = make_accelerator(config.sft, name="sft", plan=plan, runtime=config.runtime, device=device)
+    accelerator = make_accelerator(
+        config.sft.deepspeed,
+        key="sft.deepspeed",
+        share=share_of(config.sft, plan),
+        optimizer=config.sft.optimizer,
+        runtime=config.runtime,
+        device=device,
+    )
     start = from_first(stage.latest)
-    model = load_policy(start[1] if start else fetched / "base")
+    base, lora = partial(load_policy, fetched / "base"), config.sft.lora
+    check_quantize(lora, key="sft", device=device, sharded=shards_weights(accelerator))
+    if lora.rank is None:
+        model = load_policy(start[1]) if start else base()
+    else:
+        model = adapt(
+            base(),
+            lora,
+            key="sft",
+            seed=config.seed,
+            dtype=torch_dtype(config.runtime.precision),
+            device=accelerator.device,
+            start=start[1] if start else None,
+        )
     stamp_prompt_version(model)
 
     # 3. Train, evaluate, publish.
@@ -63,6 +87,7 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     task = Task(
         section=config.sft,
         model=model,
+        source=base,
         examples=examples,
         collate=collate,
         count=counted_tokens,

@@ -41,11 +41,11 @@ def measure(folder: Path, *, megabytes: int, rounds: int) -> Standstill:
     tensors = {f"block.{number}": torch.randn(2**20 // 4) for number in range(megabytes)}
     waits, background, at_once = [], [], []
     stage, host = StageDir(folder / "run", "sft"), HostBuffers()
-    host.copy(tensors)  # the memory is taken once, at the first save of a run
+    host.copy(tensors.items())  # the memory is taken once, at the first save of a run
     with Saver(stage, keep=1) as saver:
         for number in range(rounds):
             started = time.perf_counter()
-            copies = host.copy(tensors)
+            copies = host.copy(tensors.items())
             saver.save(2 * number, lambda directory, copies=copies: save_file(copies, directory / "weights"))
             waits.append(time.perf_counter() - started)
             saver.wait()
