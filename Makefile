@@ -24,7 +24,7 @@ RLHF := $(BIN)/python -m rlhf
 
 .DEFAULT_GOAL := help
 DEPLOYMENTS := deploy-fetch deploy-sft deploy-reward deploy-prepare deploy-ppo deploy-evaluate deploy-api deploy-tensorboard deploy-all
-.PHONY: help setup demo demo-seeds report serve bench-service bench-saving bench-memory image $(DEPLOYMENTS) undeploy cluster-status cluster-logs \
+.PHONY: help setup demo demo-seeds report serve bench-service bench-saving bench-memory bench-strategies bench-plan bench-trlx image $(DEPLOYMENTS) undeploy cluster-status cluster-logs \
   e2e chaos fuzz test lint format docs lock clean
 
 help: ## list the targets
@@ -62,6 +62,16 @@ bench-service: setup ## what batching gains the service, on this machine
 
 bench-saving: setup ## how long training stands still for a checkpoint
 	$(BIN)/python -m tests.benchmarks.saving
+
+bench-strategies: setup ## how far a training is from itself on 1, 2 and 4 processes, replicated and sharded
+	$(BIN)/python -m tests.benchmarks.strategies
+
+bench-plan: setup ## hold the memory planner against measured peaks
+	$(BIN)/python -m tests.benchmarks.plan
+	$(BIN)/python -m tests.benchmarks.plan_traced
+
+bench-trlx: setup ## PPO beside trlX, where that is installed
+	$(BIN)/python -m tests.benchmarks.trlx_ppo
 
 bench-memory: setup ## whether PPO's memory stays flat over 1,500 iterations
 	$(BIN)/python -m tests.benchmarks.memory --iterations 1500 --warm-up 300

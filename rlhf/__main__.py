@@ -20,8 +20,11 @@ from rlhf import __version__
 from rlhf.cluster.commands import add_commands
 from rlhf.console import Parser, ignore_signals, report_failure
 from rlhf.errors import PrerequisiteError, RlhfError, StopRequested, UsageError
+from rlhf.import_command import add_import_model
 from rlhf.launcher.layout import launch_options
 from rlhf.launcher.outcome import UNFORESEEN
+from rlhf.plan_command import add_plan_command
+from rlhf.trlx.import_command import add_import_trlx
 
 if TYPE_CHECKING:
     from rlhf.config import Config
@@ -141,6 +144,9 @@ def build_parser() -> Parser:
     config = commands.add_parser("config", help="print the resolved configuration", parents=[common, settings])
     config.add_argument("--markdown", action="store_true", help="print the table of all settings instead")
     config.set_defaults(command=command_config)
+    add_plan_command(commands, [common, settings])
+    add_import_model(commands, [common, settings])
+    add_import_trlx(commands)
     add_commands(commands, tuple(STAGE_HELP))
     return parser
 
