@@ -9,8 +9,18 @@ import yaml
 
 from rlhf.cluster.customise import Changes, customised
 from rlhf.cluster.documents import Document, identity, job_identity, workload
-from rlhf.cluster.edits import check_images, home_namespace, repository, with_gpus, with_namespace, with_nodes
+from rlhf.cluster.edits import (
+    TRAINING_STAGES,
+    check_images,
+    home_namespace,
+    repository,
+    with_gpus,
+    with_namespace,
+    with_nodes,
+)
+from rlhf.config import Config
 from rlhf.errors import ConfigError, UsageError
+from rlhf.pipeline import STAGE_NAMES
 from rlhf.presets import load_config
 
 PARTS = ("fetch", "ppo", "prepare")
@@ -57,7 +67,7 @@ def overlay() -> list[Document]:
         shared("RoleBinding", "people", subjects=[{"name": "x", "namespace": "rlhf"}, {"name": "y", "namespace": "z"}]),
         job("fetch", RLHF_GPUS="0"),
         job("ppo", RLHF_NODES="1", RLHF_GPUS="8"),
-        job("prepare", RLHF_GPUS="1"),
+        job("prepare", RLHF_NODES="1", RLHF_GPUS="1"),
         api,
     ]
 
@@ -131,14 +141,27 @@ def test_a_fixed_image_is_taken(image: str) -> None:
     assert repository(image) in ("x", "r:5000/x")
 
 
-def test_nodes_are_those_of_training_stages() -> None:
+def test_nodes_are_those_of_stages_that_can_be_shared() -> None:
     made = with_nodes(overlay(), 4)
-    ppo, prepare = stage(made, "ppo"), stage(made, "prepare")
-    assert (ppo["spec"]["completions"], ppo["spec"]["parallelism"]) == (4, 4)
-    pod = ppo["spec"]["template"]["spec"]
-    for each in (*pod["initContainers"], *pod["containers"]):
-        assert {"name": "RLHF_NODES", "value": "4"} in each["env"]
-    assert prepare == stage(overlay(), "prepare")
+    for name in ("ppo", "prepare"):
+        spec = stage(made, name)["spec"]
+        assert (spec["completions"], spec["parallelism"]) == (4, 4)
+        pod = spec["template"]["spec"]
+        for each in (*pod["initContainers"], *pod["containers"]):
+            assert {"name": "RLHF_NODES", "value": "4"} in each["env"]
+    assert stage(made, "fetch") == stage(overlay(), "fetch")
+
+
+def test_in_a_pipeline_nodes_are_those_of_training_stages() -> None:
+    made = customised(overlay(), PARTS, Changes(nodes=4))
+    assert [stage(made, name)["spec"]["completions"] for name in PARTS] == [1, 4, 1]
+    alone = customised(overlay(), ["prepare"], Changes(nodes=4))
+    assert stage(alone, "prepare")["spec"]["completions"] == 4
+
+
+def test_training_stages_are_those_with_a_strategy() -> None:
+    sections = {name: getattr(Config(), name, None) for name in STAGE_NAMES}
+    assert {name for name, section in sections.items() if hasattr(section, "deepspeed")} == set(TRAINING_STAGES)
 
 
 def test_gpus_are_requested_limited_and_told_in_both_containers() -> None:
@@ -160,7 +183,7 @@ def test_in_a_pipeline_stages_that_do_not_train_keep_their_few() -> None:
     [
         ("ppo", Changes(nodes=0), "--nodes 0 is less than 1"),
         ("ppo", Changes(gpus=-1), "--gpus -1 is less than 0"),
-        ("fetch", Changes(nodes=2), "--nodes is for the training stages"),
+        ("fetch", Changes(nodes=2), "--nodes is for stages that nodes can share"),
         ("api", Changes(gpus=2), "--gpus is for stages"),
         ("ppo", Changes(run="../other"), "is not a run name"),
         ("sft", Changes(), "the overlay has no Job or Deployment for sft"),

@@ -12,7 +12,7 @@ from rlhf.cluster import render
 from rlhf.cluster.documents import workload
 from rlhf.cluster.edits import spans_nodes
 from rlhf.errors import ConfigError, UnavailableError, UsageError
-from rlhf.pipeline import STAGE_NAMES
+from rlhf.pipeline import STAGE_NAMES, STAGES
 from tests.conftest import REPOSITORY
 from tests.manifests import OVERLAYS
 
@@ -81,8 +81,10 @@ def test_a_broken_overlay_is_told_in_kubectls_words(manifests: Path) -> None:
 
 @pytest.mark.usefixtures("kubectl")
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "jobset"])
-def test_every_overlay_has_a_job_for_each_stage_and_training_ones_span_nodes(overlay: str) -> None:
+def test_every_overlay_has_a_job_for_each_stage_and_shared_ones_span_nodes(overlay: str) -> None:
     documents = render.kustomize(render.overlay_folder(overlay, None))
     jobs = {stage: workload(documents, stage) for stage in STAGE_NAMES}
-    assert {stage for stage, job in jobs.items() if job and spans_nodes(job)} == {"sft", "reward", "ppo"}
+    assert {stage for stage, job in jobs.items() if job and spans_nodes(job)} == {
+        stage.name for stage in STAGES if stage.parallel
+    }
     assert all(job is not None and job["metadata"]["name"] == f"rlhf-{stage}" for stage, job in jobs.items())

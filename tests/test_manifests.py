@@ -16,7 +16,7 @@ from app.settings import Settings
 from rlhf import __version__, errors
 from rlhf.__main__ import STAGE_HELP, build_parser
 from rlhf.cluster.jobset import HEADER, job_set, read_jobs
-from rlhf.pipeline import STAGE_NAMES
+from rlhf.pipeline import STAGE_NAMES, STAGES
 from tests import manifests
 from tests.conftest import REPOSITORY
 from tests.manifests import (
@@ -41,8 +41,10 @@ CUSTOM = {
     "ServiceMonitor": "monitoring.coreos.com/v1",
 }
 OLDEST, NEWEST = "1.29", "1.37"
+COMPONENT = "app.kubernetes.io/component"
 LABELS = {f"app.kubernetes.io/{key}" for key in ("name", "part-of", "version", "component")}
 TINI = ["/usr/bin/tini", "--"]
+SHARED_STAGES = {stage.name for stage in STAGES if stage.parallel}
 
 
 @pytest.fixture(
@@ -239,8 +241,8 @@ def test_nodes_and_ranks_agree(documents: Documents) -> None:
         for container in containers(spec["template"]):
             variables = environment(container)
             assert variables.get("RLHF_NODES", "1") == str(spec["completions"]), stage
-            if stage not in ("sft", "reward", "ppo"):
-                assert "RLHF_RENDEZVOUS" not in variables
+            if stage not in SHARED_STAGES:
+                assert not variables.keys() & {"RLHF_NODES", "RLHF_RENDEZVOUS"}
                 continue
             host, _, port = variables["RLHF_RENDEZVOUS"].partition(":")
             if in_job_set:
@@ -347,6 +349,21 @@ def test_only_fetch_reaches_out_and_only_the_service_is_reached() -> None:
     assert {name: found for name, found in inward.items() if found} == {"rlhf-api": {8000}}
 
 
+def test_ranks_meet_and_reach_the_service_that_scores() -> None:
+    spec = find(base(), "NetworkPolicy", "rlhf-ranks")["spec"]
+    ranks = spec["podSelector"]
+    (expression,) = ranks["matchExpressions"]
+    assert (expression["key"], expression["operator"]) == (COMPONENT, "In")
+    assert set(expression["values"]) == SHARED_STAGES
+    assert spec["ingress"] == [{"from": [{"podSelector": ranks}]}]
+    among, scores, names = spec["egress"]
+    assert among == {"to": [{"podSelector": ranks}]}  # on any port: NCCL and gloo choose
+    assert scores["to"] == [{"podSelector": {"matchLabels": {COMPONENT: "api"}}}]
+    (port,) = find(base(), "Service", "rlhf-api")["spec"]["ports"]
+    assert scores["ports"] == [{"port": port["port"], "protocol": "TCP"}]
+    assert names == {"ports": [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]}
+
+
 def test_each_file_applies_alone() -> None:
     links = {path.name: os.readlink(path) for path in MANIFESTS.glob("*.yaml") if path.is_symlink()}
     assert links == {path.name: f"base/{path.name}" for path in FILES}
@@ -374,6 +391,11 @@ def test_the_job_set_keeps_the_order() -> None:
     before = [job.get("dependsOn") for job in replicated]
     assert before[0] is None
     assert before[1:] == [[{"name": stage, "status": "Complete"}] for stage in STAGE_NAMES[:-1]]
+
+
+def test_the_job_set_makes_its_own_service() -> None:
+    left = {d["metadata"]["name"] for d in of_kind(manifests.overlay("jobset"), "Service")}
+    assert left == {"rlhf-api", "rlhf-tensorboard"}
 
 
 def test_kueue_admits_the_jobs() -> None:

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.__main__ import build_parser
+from rlhf.cluster.customise import Changes, customised
 from rlhf.config import Config
+from rlhf.gpus import Gpus
+from rlhf.launcher.layout import layout
+from rlhf.preflight import check
 from rlhf.presets import load_config, preset_names
 from rlhf.shares import check_ppo_shares, check_training_shares
 from tests import manifests
+from tests.conftest import REPOSITORY
 from tests.manifests import OVERLAYS, Documents, base, containers, environment, find, of_kind, pod_templates
+
+LAUNCH = build_parser().parse_args(["launch", "ppo"])
 
 
 @pytest.fixture(params=["base", *OVERLAYS])
@@ -40,6 +48,46 @@ def test_batches_divide_among_the_gpus(documents: Documents, tmp_path: Path) -> 
     check_training_shares(config.sft, name="sft", processes=processes(documents, "sft"))
     check_training_shares(config.reward, name="reward", processes=processes(documents, "reward"))
     check_ppo_shares(config.ppo, processes(documents, "ppo"))
+
+
+def test_a_pod_of_two_gpus_is_one_process_with_a_dedicated_scorer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # What docs/kubernetes.md says.
+    values = ("ppo.reward_placement=dedicated", "ppo.rollouts_per_iteration=128", "ppo.minibatch_size=4")
+    made = customised(base(), ["ppo"], Changes(gpus=2, overrides=values))
+    for container in containers(find(made, "Job", "rlhf-ppo")["spec"]["template"]):
+        for name, value in environment(container).items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RLHF_PROCESSES", raising=False)
+    monkeypatch.setattr("rlhf.launcher.layout.visible_gpus", lambda: Gpus(2, 13000, ""))
+    config = settings(made, tmp_path)
+    assert layout(LAUNCH, parallel=True, device=config.runtime.device, dedicated=True).processes == 1
+    seen = check("ppo", config, tmp_path / "runs" / "first", gpus=None)
+    assert next(seen) == "settings: they fit run first and 1 process(es)"
+
+
+def test_the_service_scores_ppo_before_there_is_a_policy(tmp_path: Path) -> None:
+    documents = manifests.component("ppo-remote")
+    config = settings(documents, tmp_path)
+    (service,) = find(documents, "Deployment", "rlhf-api")["spec"]["template"]["spec"]["containers"]
+    told = environment(service)
+    assert told["APP_MODELS"] == "sft"
+    assert told["APP_PRECISION"] == config.runtime.precision
+    at_once = config.ppo.rollouts_per_iteration * config.prompt.max_sequence_tokens
+    assert int(told["APP_QUEUE_TOKENS"]) >= at_once
+
+
+def test_the_document_names_the_service_and_the_key_as_they_are() -> None:
+    text = (REPOSITORY / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    documents = manifests.component("ppo-remote")
+    (port,) = find(documents, "Service", "rlhf-api")["spec"]["ports"]
+    assert f"ppo.remote.url=http://rlhf-api:{port['port']}\n" in text
+    pod = find(documents, "Job", "rlhf-ppo")["spec"]["template"]["spec"]
+    (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "api-key")
+    (volume,) = (each for each in pod["volumes"] if each["name"] == "api-key")
+    assert f"ppo.remote.api_key_file={mount['mountPath']}/key`" in text
+    assert f"secret generic {volume['secret']['secretName']} --from-file=key=ppo.key\n" in text
 
 
 def test_more_nodes_are_the_same_training(tmp_path: Path) -> None:

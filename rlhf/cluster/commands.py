@@ -70,8 +70,12 @@ def _add_deploy_options(deploy: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change one setting; repeatable"
     )
     deploy.add_argument("--run", metavar="NAME", help="name of the run (default: the overlay's)")
-    deploy.add_argument("--nodes", type=int, metavar="N", help="pods of each training stage, one a node")
-    deploy.add_argument("--gpus", type=int, metavar="G", help="GPUs of each pod of a stage")
+    deploy.add_argument(
+        "--nodes", type=int, metavar="N", help=f"pods of the stage, one a node; with {ALL}: of the training stages"
+    )
+    deploy.add_argument(
+        "--gpus", type=int, metavar="G", help=f"GPUs of each pod; with {ALL}, the other stages take no more than now"
+    )
     deploy.add_argument("--wait", action="store_true", help="until the Job has ended or the service is ready")
     deploy.add_argument("--follow", action="store_true", help="wait, and show the logs")
     deploy.add_argument("--replace", action="store_true", help="end an active Job of the stage first")

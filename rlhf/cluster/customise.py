@@ -45,6 +45,7 @@ def customised(documents: Sequence[Document], parts: Sequence[str], changes: Cha
     """
     wanted = [document for part in (SHARED, *parts) for document in belonging(documents, part)]
     jobs = [_workload(documents, part) for part in parts]
+    pipeline = len(parts) > 1
     if changes.image:
         wanted = with_image(wanted, changes.image)
     if changes.run:
@@ -53,11 +54,11 @@ def customised(documents: Sequence[Document], parts: Sequence[str], changes: Cha
     if changes.config or changes.overrides:
         wanted = with_config(wanted, _config_text(wanted, changes))
     if changes.nodes is not None:
-        _check_number("--nodes", changes.nodes, 1, any(spans_nodes(job) for job in jobs), "the training stages")
-        wanted = with_nodes(wanted, changes.nodes)
+        _check_number("--nodes", changes.nodes, 1, any(spans_nodes(job) for job in jobs), "stages that nodes can share")
+        wanted = with_nodes(wanted, changes.nodes, training_only=pipeline)
     if changes.gpus is not None:
         _check_number("--gpus", changes.gpus, 0, any(job["kind"] == "Job" for job in jobs), "stages")
-        wanted = with_gpus(wanted, changes.gpus, at_most_own=len(parts) > 1)
+        wanted = with_gpus(wanted, changes.gpus, at_most_own=pipeline)
     if changes.namespace:
         wanted = with_namespace(wanted, changes.namespace)
     check_images(wanted)

@@ -14,6 +14,7 @@ from rlhf.cluster.documents import (
     RUN_ANNOTATION,
     RUN_KEY,
     Document,
+    component,
     config_data,
     containers,
     identity,
@@ -24,6 +25,7 @@ from rlhf.errors import ConfigError, UsageError
 
 IMAGE_NAME = "rlhf-summarizer"
 NODES_VARIABLE, GPUS_VARIABLE = "RLHF_NODES", "RLHF_GPUS"
+TRAINING_STAGES = ("sft", "reward", "ppo")
 
 
 def with_image(documents: Sequence[Document], image: str) -> list[Document]:
@@ -83,15 +85,23 @@ def home_namespace(documents: Sequence[Document]) -> str:
 
 
 def spans_nodes(document: Document) -> bool:
-    """Whether a Job is one of the training stages, which may use several nodes."""
+    """Whether a Job may use several nodes: its stage is one that many processes can share."""
     return document["kind"] == "Job" and any(variable(each, NODES_VARIABLE) for each in containers(document))
 
 
-def with_nodes(documents: Sequence[Document], nodes: int) -> list[Document]:
-    """Spread the training stages over `nodes` pods; the other stages keep their one."""
+def trains(document: Document) -> bool:
+    """Whether a Job is one of the training stages, for which nodes and GPUs are there first of all."""
+    return document["kind"] == "Job" and component(document) in TRAINING_STAGES
+
+
+def with_nodes(documents: Sequence[Document], nodes: int, *, training_only: bool = False) -> list[Document]:
+    """Spread the stages that can be over `nodes` pods; `fetch` keeps its one.
+
+    training_only: so do `prepare` and `evaluate`, as `deploy all` wants.
+    """
 
     def edit(document: Document) -> None:
-        if not spans_nodes(document):
+        if not spans_nodes(document) or (training_only and not trains(document)):
             return
         document["spec"] |= {"completions": nodes, "parallelism": nodes}
         for container in containers(document):
@@ -114,7 +124,7 @@ def with_gpus(documents: Sequence[Document], gpus: int, *, at_most_own: bool = F
             entry = variable(container, GPUS_VARIABLE)
             if entry is None:
                 continue
-            keep = at_most_own and not spans_nodes(document)
+            keep = at_most_own and not trains(document)
             _set_gpus(container, entry, min(gpus, int(entry["value"])) if keep else gpus)
 
     return _edited(documents, edit)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from rlhf.cluster.api import CLAIM, CONFIG, JOB, POD, Cluster, Kind
-from rlhf.cluster.documents import CONFIG_ANNOTATION, RUN_ANNOTATION, Document
+from rlhf.cluster.api import CLAIM, CONFIG, JOB, POD, SERVICE, Cluster, Kind
+from rlhf.cluster.documents import COMPONENT, CONFIG_ANNOTATION, RUN_ANNOTATION, Document
 from rlhf.presets import load_config
 from tests.cluster.conftest import IMAGE, LOCAL, Run, overlay_with
 from tests.cluster.kubelet import Fate, Kubelet
@@ -75,19 +75,36 @@ def test_replace_waits_until_the_old_pods_are_gone(rlhf: Run, cluster: Cluster, 
     kubelet.begin(old)
     kubelet.holds.set()  # the pod has got its SIGTERM, and still saves
     codes: list[int] = []
-    replacing = threading.Thread(target=lambda: codes.append(rlhf("deploy", "ppo", *LOCAL, "--replace")))
-    replacing.start()
-    replacing.join(4)
-    pods = kubelet.pods(cluster.namespace)
-    assert replacing.is_alive()
-    assert [pod["metadata"]["uid"] for pod in pods] == [old["metadata"]["uid"]]
-    assert "deletionTimestamp" in pods[0]["metadata"]
-    kubelet.holds.clear()
-    replacing.join(30)
+    seen: list[tuple[list[Document], list[int]]] = []
+
+    def look() -> None:
+        seen.append((kubelet.pods(cluster.namespace), list(codes)))
+        kubelet.holds.clear()
+
+    timer = threading.Timer(4, look)
+    timer.start()
+    codes.append(rlhf("deploy", "ppo", *LOCAL, "--replace"))
+    timer.join()
     assert codes == [0]
+    (([pod], codes_then),) = seen
+    assert codes_then == []
+    assert pod["metadata"]["uid"] == old["metadata"]["uid"]
+    assert "deletionTimestamp" in pod["metadata"]
     (new,) = kubelet.wait_for_pods(cluster.namespace)
     assert new["metadata"]["uid"] != old["metadata"]["uid"]
     assert "waiting until its pods have saved and are gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["prepare", "evaluate"])
+def test_a_stage_that_does_not_train_may_be_several_pods(
+    rlhf: Run, cluster: Cluster, kubelet: Kubelet, stage: str
+) -> None:
+    assert rlhf("deploy", stage, *LOCAL, "--nodes", "2") == 0
+    pods = kubelet.wait_for_pods(cluster.namespace, 2)
+    assert sorted(pod["spec"]["hostname"] for pod in pods) == [f"rlhf-{stage}-0", f"rlhf-{stage}-1"]
+    (service,) = cluster.list(SERVICE, labels=f"{COMPONENT}={stage}")
+    assert {pod["spec"]["subdomain"] for pod in pods} == {service["metadata"]["name"]}
+    assert service["spec"]["selector"].items() <= pods[0]["metadata"]["labels"].items()
 
 
 def test_a_job_that_is_being_deleted_is_waited_for(rlhf: Run, cluster: Cluster, kubelet: Kubelet) -> None:
