@@ -111,8 +111,8 @@ chaos: setup ## kill every stage dozens of times, have writers fight, fail every
 fuzz: setup ## feed every reader of files and texts what it does not expect; needs atheris: .venv/bin/pip install atheris
 	$(BIN)/python -m tests.fuzz.atheris_fuzz $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest
+test: setup ## run the tests, on up to four cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup $(VENV)/checkov/.installed ## style, formatting, types, manifests and Dockerfile
 	$(BIN)/ruff check .

@@ -83,6 +83,8 @@ def all_processes(config: RuntimeConfig) -> Iterator[None]:
     """
     if process_count() == 1:
         yield
+        if torch.distributed.is_initialized():  # a group of one, made for DeepSpeed
+            torch.distributed.destroy_process_group()
         return
     gpu = None
     if choose_device(config).type == "cuda":

@@ -136,14 +136,14 @@ class Scorer:
 
 def token_scores(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The head on the final hidden state at each position: scores_BT, raw, with gradients."""
-    return _head(model)(_hidden(model, ids_BT, mask_BT)).squeeze(-1)
+    return _read(_head(model), _hidden(model, ids_BT, mask_BT))
 
 
 def last_scores(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The head at each row's last counted token: scores_B, raw, with gradients."""
     last_B = mask_BT.shape[1] - 1 - mask_BT.long().flip(1).argmax(dim=1)
     rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
-    return _head(model)(_hidden(model, ids_BT, mask_BT)[rows_B, last_B]).squeeze(-1)
+    return _read(_head(model), _hidden(model, ids_BT, mask_BT)[rows_B, last_B])
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -167,6 +167,16 @@ def _hidden(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     )
     hidden_BTH: Tensor = output.last_hidden_state
     return hidden_BTH
+
+
+def _read(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Scores in the precision of the head's weight, whatever autocast says.
+
+    Differences of scores are what is trained and told, and bfloat16 knows only every hundredth between 1 and 2.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores: Tensor = head(hidden.to(head.weight.dtype)).squeeze(-1)
+    return scores
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:

@@ -6,6 +6,7 @@ moments of each parameter under its number in the optimiser. So a training goes 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ def make_accelerator(
             # Else each process holds its gradients twice: 7 GB more for eight blocks of GPT-J-6B.
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
+    join_alone(device)
     settings = deepspeed_settings(
         path,
         micro_batch_size=share.micro_batch_size,
@@ -140,6 +142,15 @@ def make_accelerator(
     # weights, before the engine shards them all.
     plugin.dschf = None
     return accelerator
+
+
+def join_alone(device: torch.device) -> None:
+    """Make a process that is the only one a group of one, as DeepSpeed wants; see `runtime.all_processes`."""
+    if not torch.distributed.is_initialized():
+        assert process_count() == 1, "many processes have joined before"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def shards_weights(accelerator: Accelerator) -> bool:

@@ -99,6 +99,7 @@ def test_settings_of_a_begun_stage_cannot_change(tmp_path: Path, capsys) -> None
     check_settings(load_config("demo", ["sft.epochs=3"]), run_dir)
     with StageDir(run_dir, "sft").publish(5):
         pass
+    capsys.readouterr()  # what a test before may have made log there
     line = fails_with(
         78, capsys, "reward", "--runs-dir", str(tmp_path), "--run", "mine", "--config", "demo", "--set", "sft.epochs=3"
     )

@@ -11,10 +11,11 @@ import torch
 
 from rlhf import training
 from rlhf.checkpoint import StageDir
+from rlhf.config import TinyModelConfig
 from rlhf.errors import DivergedError, StopRequested
 from rlhf.training_state import load_random_states, random_states
 from tests.tiny_run import fetched_run, tiny_config
-from tests.training_runs import StopAtLook, assert_same_run, run
+from tests.training_runs import StopAtLook, assert_same_run, lines, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; run on a machine that has one")
 
@@ -43,8 +44,8 @@ def overflowing(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Make the gradients of the first steps infinite, as a scale that is too high does."""
     build: Callable[..., training.Learner] = training.build_learner
 
-    def built(*arguments: object) -> training.Learner:
-        learner = build(*arguments)
+    def built(*arguments: object, **named: object) -> training.Learner:
+        learner = build(*arguments, **named)
         overflow = lambda gradient: gradient * float("inf") if learner.position.step < steps else gradient  # noqa: E731
         learner.network.lm_head.weight.register_hook(overflow)
         return learner
@@ -79,3 +80,17 @@ def test_the_gpus_random_numbers_go_on_where_they_were() -> None:
     expected = torch.rand(3, device="cuda").tolist()
     load_random_states(states)
     assert torch.rand(3, device="cuda").tolist() == expected
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "zero2-offload"])
+def test_sharded_training_in_bfloat16_is_the_replicated_one(tmp_path: Path, strategy: str) -> None:
+    """One GPU, blocks of GPT-J-6B's width, fused AdamW inside DeepSpeed's optimiser; losses as far as bfloat16 goes."""
+    stages = []
+    for name in ("", strategy):
+        run_dir = fetched_run(
+            tmp_path / (name or "ddp"), TinyModelConfig(layers=2, hidden=4096, heads=16, rotary_dim=64)
+        )
+        settings = config("bfloat16", max_steps=4, deepspeed=name or None)
+        stages.append(run("sft", settings, run_dir))
+    first, second = ([row["sft/loss"] for row in lines(stage) if "sft/loss" in row] for stage in stages)
+    assert second == pytest.approx(first, rel=2e-2)

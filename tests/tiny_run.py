@@ -49,8 +49,11 @@ def comparisons(start: int, stop: int) -> list[Comparison]:
     return rows
 
 
-def fetched_run(runs_dir: Path) -> Path:
-    """A run directory in which `fetch` has finished."""
+SHAPE = TinyModelConfig(layers=2, hidden=32, heads=2, rotary_dim=8, vocab_size=260)
+
+
+def fetched_run(runs_dir: Path, shape: TinyModelConfig = SHAPE) -> Path:
+    """A run directory in which `fetch` has finished, with a base model of this shape."""
     run_dir = runs_dir / "tiny"
     tokenizer = byte_tokenizer()
     with StageDir(run_dir, "fetch").publish(0, final=True) as directory:
@@ -60,7 +63,6 @@ def fetched_run(runs_dir: Path) -> Path:
         write_jsonl(data / "posts-valid.jsonl", (row.to_row() for row in examples(26, 36)))
         write_jsonl(data / "comparisons-train.jsonl", (row.to_row() for row in comparisons(0, 26)))
         write_jsonl(data / "comparisons-valid.jsonl", (row.to_row() for row in comparisons(26, 38)))
-        shape = TinyModelConfig(layers=2, hidden=32, heads=2, rotary_dim=8, vocab_size=260)
         model = create_tiny_gptj(
             shape,
             positions=128,

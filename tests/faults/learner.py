@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -37,14 +38,15 @@ def learner() -> Learner:
         made = build_learner(Config.model_validate(settings), StageDir(run_dir, "ppo"))
     for weight in made.actor.trainable_parameters():
         weight.grad = torch.zeros_like(weight)
-    made.optimizer.step()
+    made.strategy.step(clip=1.0)
     return made
 
 
 def writer(value: int) -> Callable[[Path], None]:
     """What writes a checkpoint of iteration `value`, in which each trained weight and moment is `value`, too."""
     filled = learner()
-    moments = [tensor for state in filled.optimizer.state.values() for tensor in state.values()]
+    replicas: Any = filled.strategy
+    moments = [tensor for state in replicas._optimizer.state.values() for tensor in state.values()]
     with torch.no_grad():
         for tensor in [*filled.actor.trainable_parameters(), *moments]:
             tensor.fill_(value)
