@@ -107,6 +107,7 @@ def run(orders: Sequence[Order], *, processes: int, within: float = 240) -> None
 
 def run_here(order: Order, *, gradients: bool = True) -> None:
     """Run an order in this process, as one of those that share it or alone."""
+    assert not order.directory.is_final(), "it would be passed over"
     stop = StopSignal()
     stage = next(one for one in STAGES if one.name == order.stage)
     with written_down(order) if gradients else nullcontext(), stopped(order, stop):
@@ -188,7 +189,7 @@ class Place:
 
     def order(self, stage: str, strategy: str | None = None, *, name: str, **changes: Any) -> Order:
         """A stage of a run of its own, which has the stages before it from the run alone."""
-        run_dir = self.folder / name / "tiny"
+        run_dir = self.folder / f"{name}-{stage}" / "tiny"
         for before in ("fetch", "sft", "reward", "prepare"):
             if before == stage:
                 break

@@ -169,13 +169,13 @@ def test_a_killed_process_loses_nothing(launcher: Launcher, tiny: Tiny, left_alo
 def test_a_killed_process_of_those_that_share_the_weights_loses_nothing(
     launcher: Launcher, tiny: Tiny, left_alone: StageDir
 ) -> None:
-    """ZeRO-3 on the CPU, where DeepSpeed compiles an operator when it starts; one process alone goes on without it."""
+    """ZeRO-3 on the CPU, where DeepSpeed compiles an operator when it starts; one process alone goes on by ZeRO-2."""
     if shutil.which("g++") is None or shutil.which("ninja") is None:
         pytest.skip("DeepSpeed compiles an operator for the CPU; install g++ and ninja")
     stage, named = sft_of_its_own(tiny, "zero")
     shared = ("--processes", "2", *named, "--set", "sft.deepspeed=zero3")
     kill_one_of(launcher.start("sft", *shared), once=stage.path / "step-00000004")
-    _, log = launcher.start("sft", *named).communicate(timeout=180)
+    _, log = launcher.start("sft", *named, "--set", "sft.deepspeed=zero2").communicate(timeout=180)
     assert stage.is_final(), log
     verify(stage.final())
     assert not list(stage.path.rglob("*.pt")), "nothing is pickled"

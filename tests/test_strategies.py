@@ -7,7 +7,7 @@ import pytest
 from rlhf.telemetry import read_metrics
 from tests.sharing import Difference, Order, Place, difference, run, run_here
 
-GRADIENTS, WEIGHTS = 1e-4, 1e-5
+GRADIENTS, WEIGHTS = 1e-3, 1e-5
 """Sums in another order: the last places of float32, and some more where a gradient is a small difference."""
 
 
@@ -52,15 +52,15 @@ def test_many_processes_train_as_one_does(place: Place, processes: int) -> None:
 
 def test_a_training_goes_on_under_another_strategy(place: Place) -> None:
     """Stopped in the middle, PPO between two minibatches of an iteration, by the last process."""
-    here = [place.order(stage, name=f"here-{stage}", stop_after=3) for stage in ("sft", "ppo")]
-    there = [place.order(stage, "zero3", name=f"there-{stage}", stop_after=3) for stage in ("sft", "ppo")]
+    here = [place.order(stage, name="here", stop_after=3) for stage in ("sft", "ppo")]
+    there = [place.order(stage, "zero3", name="there", stop_after=3) for stage in ("sft", "ppo")]
     for order in here:
         run_here(order)
-    onward = [place.order(order.stage, "zero2", name=f"here-{order.stage}") for order in here]
+    onward = [place.order(order.stage, "zero2", name="here") for order in here]
     run([*there, *onward], processes=2)
     for order in there:
         assert not order.directory.is_final()
-        run_here(place.order(order.stage, name=f"there-{order.stage}"))
+        run_here(place.order(order.stage, name="there"))
     for order in (*onward, *there):
         assert order.directory.is_final()
         assert_same_training(place, order)

@@ -57,8 +57,8 @@ def shared(place: Place, way: Way) -> list[str]:
 def changed(place: Place, before: Way, after: Way) -> list[str]:
     """Each stage stopped after its third optimiser step and gone on with otherwise."""
     name = f"changed-{before[0]}-{before[1]}-{after[0]}-{after[1]}"
-    run_all([place.order(s, before[1], name=f"{name}-{s}", stop_after=STOPPED_AFTER) for s in STAGES], before[0])
-    orders = [place.order(stage, after[1], name=f"{name}-{stage}") for stage in STAGES]
+    run_all([place.order(s, before[1], name=name, stop_after=STOPPED_AFTER) for s in STAGES], before[0])
+    orders = [place.order(stage, after[1], name=name) for stage in STAGES]
     run_all(orders, after[0])
     return cells(place, orders)
 
