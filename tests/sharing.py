@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -216,7 +216,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two runs of a stage are apart: gradients relative to the largest of their parameter, weights absolute."""
+    """How far two runs of a stage are apart.
+
+    gradients: the largest, over the steps, of the norm of their difference over the norm of the gradient. weights:
+    the largest difference in the end.
+    """
 
     steps: int
     gradients: float
@@ -229,10 +233,15 @@ def difference(ours: Order, theirs: Order) -> Difference:
     assert first.keys() == second.keys()
     apart = 0.0
     for step, expected in second.items():
-        for name, gradient in expected.items():
-            largest = float(gradient.abs().max()) or 1.0
-            apart = max(apart, float((first[step][name] - gradient).abs().max()) / largest)
+        assert first[step].keys() == expected.keys()
+        changes = [first[step][name] - gradient for name, gradient in expected.items()]
+        apart = max(apart, float(norm(changes) / norm(expected.values())))
     return Difference(len(second), apart, weights_apart(ours.directory.final(), theirs.directory.final()))
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Of all of them as one vector."""
+    return torch.stack([tensor.double().norm() for tensor in tensors]).norm()
 
 
 def weights_apart(ours: Path, theirs: Path) -> float:

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.strategies
 
 Prints the tables of docs/many-processes.md. A tiny model on the CPU, in float32: what is left are sums in another
-order. Each number is the largest over all steps and parameters: of gradients, relative to the largest of their
-parameter; of final weights, absolute.
+order. Of gradients, each number is the largest over the steps of the norm of the difference over the norm of the
+gradient; of final weights, the largest difference.
 """
 
 from __future__ import annotations
