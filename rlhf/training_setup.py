@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -20,9 +21,10 @@ from rlhf.config import OptimizerConfig, RewardConfig, RuntimeConfig, SftConfig
 from rlhf.health import Health
 from rlhf.oversight import Oversight
 from rlhf.processes import process_count
+from rlhf.quantized import check_quantize
 from rlhf.saver import Saver
 from rlhf.schedule import learning_rate_scheduler
-from rlhf.sharding import Share, Strategy, spread
+from rlhf.sharding import Share, Strategy, make_accelerator, shards_weights, spread
 from rlhf.shares import check_training_shares
 from rlhf.telemetry import Metrics, Progress
 
@@ -63,11 +65,11 @@ def plan_training(section: SftConfig | RewardConfig, *, name: str, examples: int
 class Task:
     """What a stage wants trained.
 
-    loss gives the summed loss of a batch's counted items, count their number: the loss of a step is the sum over
-    all its micro-batches and processes divided by their number. source loads what the stage started from, for
-    adapters to be merged into. evaluate measures the model on held-out data, with
-    metrics under `<stage>/`; None when it was interrupted. finish does what is left once training is over, and gives
-    what stands in metrics.json, from the last evaluation; None when it was interrupted.
+    source loads what the stage started from, for adapters to be merged into. loss gives the summed loss of a batch's
+    counted items, count their number: the loss of a step is the sum over all its micro-batches and processes divided
+    by their number. evaluate measures the model on held-out data, with metrics under `<stage>/`; None when it was
+    interrupted. finish does what is left once training is over, and gives what stands in metrics.json, from the last
+    evaluation; None when it was interrupted.
     """
 
     section: SftConfig | RewardConfig
@@ -179,9 +181,23 @@ class Session:
         return self.oversight.asked() and self.learner.health.is_well
 
 
-def share_of(section: SftConfig | RewardConfig, plan: Plan) -> Share:
-    """What an optimiser step is to one process."""
-    return Share(section.micro_batch_size, plan.accumulation)
+def accelerator_for(
+    section: SftConfig | RewardConfig, *, name: str, plan: Plan, runtime: RuntimeConfig, device: torch.device
+) -> Accelerator:
+    """Accelerate for the stage of this name, before its model is loaded.
+
+    Raises ConfigError for settings of DeepSpeed, of precision or of quantised weights that cannot be had here.
+    """
+    accelerator = make_accelerator(
+        section.deepspeed,
+        key=f"{name}.deepspeed",
+        share=Share(section.micro_batch_size, plan.accumulation),
+        optimizer=section.optimizer,
+        runtime=runtime,
+        device=device,
+    )
+    check_quantize(section.lora, key=name, device=device, sharded=shards_weights(accelerator))
+    return accelerator
 
 
 def build_learner(task: Task, accelerator: Accelerator, plan: Plan, health: Health, *, precision: str) -> Learner:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,15 +30,13 @@ from rlhf.losses import pairwise_divergent_loss, pairwise_last_loss
 from rlhf.models import REWARD_HEAD, freeze_bottom, load_reward_model, reward_model_from_policy
 from rlhf.preference import Pairs, preference_metrics
 from rlhf.prompt import encode_prompt, encode_response
-from rlhf.quantized import check_quantize
 from rlhf.runtime import from_first, prepare_runtime, torch_dtype
 from rlhf.scoring import Scorer, token_scores
-from rlhf.sharding import make_accelerator, shards_weights
 from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
 from rlhf.training import train
 from rlhf.training_eval import held_out_rows
-from rlhf.training_setup import Batch, Interrupted, Task, plan_training, share_of
+from rlhf.training_setup import Batch, Interrupted, Task, accelerator_for, plan_training
 
 logger = logging.getLogger(__name__)
 
@@ -62,40 +61,11 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
 
     # 2. The policy's weights under a fresh head, or the newest checkpoint of an interrupted run.
     plan = plan_training(config.reward, name="reward", examples=len(pairs))
-    accelerator = make_accelerator(
-        config.reward.deepspeed,
-        key="reward.deepspeed",
-        share=share_of(config.reward, plan),
-        optimizer=config.reward.optimizer,
-        runtime=config.runtime,
-        device=device,
-    )
+    accelerator = accelerator_for(config.reward, name="reward", plan=plan, runtime=config.runtime, device=device)
     start = from_first(stage.latest)
-    fresh, lora = functools.partial(reward_model_from_policy, policy, seed=config.seed), config.reward.lora
-    check_quantize(lora, key="reward", device=device, sharded=shards_weights(accelerator))
-    if lora.rank is None:
-        model = load_reward_model(start[1]) if start else fresh()
-        frozen = freeze_bottom(model, config.reward.frozen_fraction)
-    else:
-        model = fresh()
-        frozen = freeze_bottom(model, config.reward.frozen_fraction)
-        if frozen == model.config.num_hidden_layers:
-            raise ConfigError(
-                f"reward.frozen_fraction={config.reward.frozen_fraction} leaves no block to the adapters; lower it"
-            )
-        model = adapt(
-            model,
-            lora,
-            key="reward",
-            seed=config.seed,
-            dtype=torch_dtype(config.runtime.precision),
-            device=accelerator.device,
-            start=start[1] if start else None,
-            top_layers=model.config.num_hidden_layers - frozen,
-            also_train=(REWARD_HEAD.removesuffix(".weight"),),
-        )
+    fresh = functools.partial(reward_model_from_policy, policy, seed=config.seed)
+    model = build_model(config, fresh, start[1] if start else None, accelerator.device)
     score_every_position(model)
-    logger.info("frozen blocks=%d fraction=%g", frozen, config.reward.frozen_fraction)
 
     # 3. Train, look at the held-out pairs, shift the scores, publish.
     collate = PairCollator(pad_id=tokenizer.pad_token_id)
@@ -113,6 +83,31 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
         finish=lambda _, interrupted: shift_scores(model, scorer, references, evaluation, interrupted),
     )
     train(task, plan, accelerator, config=config, stage=stage, tokenizer=tokenizer, start=start, stop=stop)
+
+
+def build_model(
+    config: Config, fresh: Callable[[], PreTrainedModel], start: Path | None, device: torch.device
+) -> PreTrainedModel:
+    """The model that `fresh` makes, or as checkpoint `start` left it, with its bottom blocks frozen."""
+    lora, fraction = config.reward.lora, config.reward.frozen_fraction
+    model = fresh() if start is None or lora.rank is not None else load_reward_model(start)
+    frozen = freeze_bottom(model, fraction)
+    logger.info("frozen blocks=%d fraction=%g", frozen, fraction)
+    if lora.rank is None:
+        return model
+    if frozen == model.config.num_hidden_layers:
+        raise ConfigError(f"reward.frozen_fraction={fraction} leaves no block to the adapters; lower it")
+    return adapt(
+        model,
+        lora,
+        key="reward",
+        seed=config.seed,
+        dtype=torch_dtype(config.runtime.precision),
+        device=device,
+        start=start,
+        top_layers=model.config.num_hidden_layers - frozen,
+        also_train=(REWARD_HEAD.removesuffix(".weight"),),
+    )
 
 
 def encode_pairs(

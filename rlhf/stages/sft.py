@@ -31,15 +31,13 @@ from rlhf.generation import BuiltinEngine, Sampling
 from rlhf.lora import adapt
 from rlhf.models import load_policy, stamp_prompt_version
 from rlhf.prompt import decode_response, encode_prompt, encode_response
-from rlhf.quantized import check_quantize
 from rlhf.rouge import rouge_scores
 from rlhf.runtime import from_first, prepare_runtime, torch_dtype
-from rlhf.sharding import make_accelerator, shards_weights
 from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
 from rlhf.training import train
 from rlhf.training_eval import held_out_rows
-from rlhf.training_setup import Batch, Interrupted, Task, plan_training, share_of
+from rlhf.training_setup import Batch, Interrupted, Task, accelerator_for, plan_training
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +55,9 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
 
     # 2. The base model, or the newest checkpoint of an interrupted run.
     plan = plan_training(config.sft, name="sft", examples=len(examples))
-    accelerator = make_accelerator(
-        config.sft.deepspeed,
-        key="sft.deepspeed",
-        share=share_of(config.sft, plan),
-        optimizer=config.sft.optimizer,
-        runtime=config.runtime,
-        device=device,
-    )
+    accelerator = accelerator_for(config.sft, name="sft", plan=plan, runtime=config.runtime, device=device)
     start = from_first(stage.latest)
     base, lora = partial(load_policy, fetched / "base"), config.sft.lora
-    check_quantize(lora, key="sft", device=device, sharded=shards_weights(accelerator))
     if lora.rank is None:
         model = load_policy(start[1]) if start else base()
     else:
