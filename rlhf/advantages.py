@@ -5,8 +5,6 @@ Shapes: B batch, R response token. Masks are True where an entry counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -77,24 +75,20 @@ def gae(rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, *, gamma: float,
     return advantages_BR, torch.where(mask_BR, advantages_BR + values_BR, 0.0)
 
 
-def whiten(values_BR: Tensor, mask_BR: Tensor, *, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def whiten(values_BR: Tensor, mask_BR: Tensor) -> Tensor:
     """Shift and scale the counted entries to zero mean and unit (sample) variance.
 
-    The uncounted ones come back as 0. `reduce` sums a small float64 tensor across processes, so that all
-    of them whiten by the same moments; every process must call it, each with at least an empty batch.
-    Raises ValueError when fewer than two entries count.
+    The uncounted ones come back as 0. Raises ValueError when fewer than two entries count.
     Source: Huang et al. 2024, detail 20; eps and n - 1 as torch.var_mean in trlx/utils/modeling.py, whiten.
     """
     mask_BR = mask_BR.bool()
     counted_N = values_BR[mask_BR].double()
-    moments = torch.stack([torch.full_like(counted_N.sum(), counted_N.numel()), counted_N.sum()])
-    count, total = (reduce(moments) if reduce else moments).unbind()
+    count = counted_N.numel()
     if count < 2:
-        raise ValueError(f"whitening needs at least 2 counted entries, not {int(count)}")
-    mean = total / count
+        raise ValueError(f"whitening needs at least 2 counted entries, not {count}")
+    mean = counted_N.sum() / count
     # A second sum about the mean: one pass with sums of squares would cancel.
-    squares = (counted_N - mean).square().sum().reshape(1)
-    variance = (reduce(squares) if reduce else squares)[0] / (count - 1)
+    variance = (counted_N - mean).square().sum() / (count - 1)
     whitened_BR = (values_BR.double() - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask_BR, whitened_BR, 0.0).to(values_BR.dtype)
 

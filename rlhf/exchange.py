@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.environment import EnvironmentRow
 from rlhf.experience import ROLLOUT_NUMBERS, ROLLOUT_TENSORS
-from rlhf.processes import process_count
+from rlhf.processes import process_count, process_rank
 from rlhf.rollout import Rollout
 from rlhf.runtime import from_all
 
@@ -51,7 +51,7 @@ def all_tensors(mine: Sequence[Tensor], device: torch.device) -> list[list[Tenso
     longest = max(map(sum, sizes))
     flat = torch.zeros(longest, dtype=dtype, device=device)
     if mine:
-        flat[: sum(sizes[torch.distributed.get_rank()])] = torch.cat([tensor.to(device).flatten() for tensor in mine])
+        flat[: sum(sizes[process_rank()])] = torch.cat([tensor.to(device).flatten() for tensor in mine])
     flats = [torch.empty_like(flat) for _ in shapes]
     torch.distributed.all_gather(flats, flat)
     return [

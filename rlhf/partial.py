@@ -14,14 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from types import TracebackType
 from typing import Any, TypeAlias
 
 from rlhf.checkpoint import StageDir
-from rlhf.processes import process_count
+from rlhf.processes import process_count, process_rank
 from rlhf.runtime import agreed, from_all, from_first
 from rlhf.stopping import StopSignal
 from rlhf.storage import storage_errors
@@ -120,7 +119,7 @@ class ChunkedWork:
         keys = [_key(what, number, [items[index] for index in chunk]) for number, chunk in enumerate(chunks)]
         missing = [number for number, key in enumerate(keys) if key not in self._results]
         self._advance(sum(map(len, chunks)) - sum(len(chunks[number]) for number in missing))
-        mine = _rank()
+        mine = process_rank()
         # Deferred for many processes alone: while one loads a model there is nothing to lose, and a signal ends it.
         with self._stop.together():
             compute = load() if mine < len(missing) else None
@@ -160,10 +159,6 @@ def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in chunks of `size`, the longest first: what does not fit into memory fails at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def _key(what: Mapping[str, Any], number: int, items: Sequence[Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from rlhf.config import RemoteScorerConfig
 from rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +35,16 @@ def scorer_device(placement: Placement, policy_device: torch.device, processes: 
         gpus = torch.cuda.device_count() - first
     check_dedicated(gpus=gpus, processes=processes)
     return torch.device("cuda", first + 1)
+
+
+def service_url(remote: RemoteScorerConfig) -> str:
+    """Where the service of `remote` is. Raises ConfigError when the settings do not say."""
+    if remote.url is None:
+        raise ConfigError(
+            "ppo.reward_placement=remote needs ppo.remote.url, the address of a service that serves this run's reward "
+            "model; write it like http://rlhf-api:8000, or use ppo.reward_placement=colocated"
+        )
+    return remote.url
 
 
 def check_dedicated(*, gpus: int, processes: int) -> None:

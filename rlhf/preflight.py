@@ -17,8 +17,9 @@ from rlhf.errors import ConfigError, PrerequisiteError, StorageError, Unavailabl
 from rlhf.gpus import needed_cuda, visible_gpus
 from rlhf.launcher.layout import number, usable_gpus
 from rlhf.pipeline import STAGES, Stage, check_settings
-from rlhf.placement import check_dedicated
+from rlhf.placement import check_dedicated, service_url
 from rlhf.shares import check_shares
+from rlhf.trlx.settings import check_settings as check_trlx_settings
 
 
 def check(stage: str, config: Config, run_dir: Path, *, gpus: int | None) -> Iterator[str]:
@@ -32,11 +33,16 @@ def check(stage: str, config: Config, run_dir: Path, *, gpus: int | None) -> Ite
     nodes = number(None, "--nodes", "RLHF_NODES", least=1) or 1
     check_settings(config, run_dir)
     program = next(one for one in STAGES if one.name == stage)
-    dedicated = stage == "ppo" and config.ppo.reward_placement == "dedicated"
+    placement = config.ppo.reward_placement if stage == "ppo" else "colocated"
+    dedicated = placement == "dedicated"
     processes = number(None, "--processes", "RLHF_PROCESSES", least=1) or (1 if dedicated else max(asked, 1))
     processes = nodes * processes if program.parallel else 1
     if dedicated:
         check_dedicated(gpus=0 if config.runtime.device == "cpu" else asked, processes=processes)
+    if placement == "remote":
+        service_url(config.ppo.remote)
+    if stage == "ppo" and config.ppo.engine == "trlx":
+        check_trlx_settings(config, processes=processes)
     check_shares(config, stage, processes)
     yield f"settings: they fit run {run_dir.name} and {processes} process(es)"
     yield from check_prerequisites(program, run_dir)

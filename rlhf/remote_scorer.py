@@ -20,6 +20,7 @@ from torch import Tensor
 from rlhf.checkpoint import fingerprint
 from rlhf.config import Config
 from rlhf.errors import ConfigError, DataError, RlhfError
+from rlhf.placement import service_url
 from rlhf.runtime import agreed
 from rlhf.service_client import Patience, Refused, ServiceAway, ServiceClient
 
@@ -189,13 +190,8 @@ def open_remote_scorer(
     Raises ConfigError when `ppo.remote` does not name a service.
     """
     remote = config.ppo.remote
-    if remote.url is None:
-        raise ConfigError(
-            "ppo.reward_placement=remote needs ppo.remote.url, the address of a service that serves this run's reward "
-            "model; write it like http://rlhf-api:8000, or use ppo.reward_placement=colocated"
-        )
     client = ServiceClient(
-        remote.url,
+        service_url(remote),
         api_key_file=remote.api_key_file,
         timeout_seconds=remote.timeout_seconds,
         connections=PARALLEL_REQUESTS,

@@ -113,13 +113,6 @@ def test_whiten_of_equal_entries_is_zero() -> None:
     assert whiten(row(0.1, 0.1, 0.1), torch.ones(1, 3)).abs().max() < 1e-6
 
 
-def test_whiten_by_the_moments_of_all_processes() -> None:
-    """Another process holds 4, 5, 6, 7: together 1 … 7 have mean 4 and sample variance 28/6."""
-    sums = iter([torch.tensor([4.0, 22.0]), torch.tensor([0.0 + 1.0 + 4.0 + 9.0])])
-    whitened = whiten(row(1.0, 2.0, 3.0), torch.ones(1, 3), reduce=lambda own: own + next(sums))
-    torch.testing.assert_close(whitened, row(-3.0, -2.0, -1.0) / math.sqrt(28 / 6))
-
-
 def test_adaptive_kl_moves_by_at_most_a_fifth_of_the_share_of_its_horizon() -> None:
     controller = AdaptiveKl(0.1, target=6.0, horizon=1000)
     controller.update(6.6, rollouts=100)  # error 0.1

@@ -59,7 +59,7 @@ LAYERS = (
         "cluster",
         "training_state",
     },
-    {"preflight", "running", "partial", "audit", "adapters", "quantized", "published_checkpoint", "replicas", "zero"},
+    {"running", "partial", "audit", "adapters", "quantized", "published_checkpoint", "replicas", "zero"},
     {
         "synthetic",
         "sources",
@@ -90,6 +90,7 @@ LAYERS = (
     {"exchange", "ppo_setup", "training_checkpoint"},
     {"ppo_state", "ppo_evaluation", "training"},
     {"trlx"},
+    {"preflight"},
     {"stages"},
     {"__main__"},
     {"launched"},

@@ -259,7 +259,7 @@ class Ranks:
         self._meeting, self._told = threading.Barrier(count), list[Any]([None] * count)
         self._count = count
         monkeypatch.setattr("rlhf.partial.process_count", lambda: count)
-        monkeypatch.setattr("rlhf.partial._rank", lambda: self._here.rank)
+        monkeypatch.setattr("rlhf.partial.process_rank", lambda: self._here.rank)
         monkeypatch.setattr("rlhf.partial.from_all", self.exchange)
         monkeypatch.setattr("rlhf.partial.agreed", lambda flag: any(self.exchange(flag)))
         monkeypatch.setattr(

@@ -122,6 +122,20 @@ def test_batches_that_do_not_divide_among_all_processes(run: Run, monkeypatch: p
     assert "does not divide among 24 processes" in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (("ppo.reward_placement=remote",), "needs ppo.remote.url"),
+        (("ppo.reward_placement=dedicated", "runtime.device=cpu"), "the policy is on the CPU"),
+        (("ppo.engine=trlx", "ppo.deepspeed=zero2"), "ppo.deepspeed=zero2 has no counterpart in trlX"),
+    ],
+)
+def test_what_ppo_cannot_be_given(changes: tuple[str, ...], complaint: str, run: Run) -> None:
+    code, _, line = check(run, "ppo", *(word for change in changes for word in ("--set", change)))
+    assert code == 78
+    assert complaint in line
+
+
 def test_a_volume_without_symbolic_links(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, target: str) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
