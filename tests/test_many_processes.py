@@ -122,8 +122,10 @@ return options.command(options), ""
 """
 
 
-def test_a_bad_number_on_one_process_is_seen_by_all(launcher: Launcher, tiny: Tiny) -> None:
-    stage, named = sft_of_its_own(tiny, "sick")
+@pytest.mark.parametrize("strategy", [None, "zero2", "zero3"])
+def test_a_bad_number_on_one_process_is_seen_by_all(launcher: Launcher, tiny: Tiny, strategy: str | None) -> None:
+    stage, named = sft_of_its_own(tiny, f"sick-{strategy}")
+    named += ("--set", f"sft.deepspeed={strategy}") if strategy else ()
     launcher.stage_is(ONE_LOSS_IS_NAN)
     process = launcher.start("sft", "--processes", "2", *named, "--set", "sft.max_steps=4")
     _, log = process.communicate(timeout=90)
