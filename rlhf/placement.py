@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from rlhf.config import RemoteScorerConfig
 from rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from rlhf.config import RemoteScorerConfig
 
 Placement = Literal["colocated", "dedicated", "remote"]
 
