@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,8 @@ class Ranks:
         self._told[self._here.rank] = mine
         self._meeting.wait(timeout=20)
         told = list(self._told)
-        self._meeting.wait(timeout=20)
+        with suppress(threading.BrokenBarrierError):  # who has heard all may end before the others have left
+            self._meeting.wait(timeout=20)
         return told
 
     def run(self, play: Callable[[int], Any]) -> list[Any]:
