@@ -36,6 +36,7 @@ from rlhf.published_checkpoint import (
     named_weights,
     read_checkpoint,
 )
+from rlhf.runtime import torch_dtype
 from rlhf.tokenizer import load_tokenizer
 from rlhf.weights import INDEX, WEIGHTS
 
@@ -45,7 +46,6 @@ STEP = 0
 """Of the published directory: no step of ours has made it."""
 SHARD_BYTES = 2 * 10**9
 IMPORTED, METRICS = "imported.json", "metrics.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZERS = ("fetch/final/base", "sft/final", "ppo/final", "reward/final")
 """Where a run has one, the base model's first."""
 
@@ -54,7 +54,7 @@ TOKENIZERS = ("fetch/final/base", "sft/final", "ppo/final", "reward/final")
 class Source:
     """What is to be imported: a directory, a weights file, or a name on the Hub, and what it lacks.
 
-    config_from is a directory with a config.json; tokenizer a directory or a name on the Hub; dtype a key of DTYPES,
+    config_from is a directory with a config.json; tokenizer a directory or a name on the Hub; dtype as torch names it,
     None to keep what the file has.
     """
 
@@ -110,7 +110,7 @@ def check_source(source: Source, run_dir: Path) -> Checked:
     weights = named_weights(source.kind, read_checkpoint(path), path)
     config = checkpoint_config(source.kind, weights, path, source.config_from)
     check_weights(source.kind, config, weights, path)
-    dtype = DTYPES[source.dtype] if source.dtype else None
+    dtype = torch_dtype(source.dtype) if source.dtype else None
     _check_numbers(weights, dtype, path)
     tokenizer = find_tokenizer(source, path, run_dir, rows=config.vocab_size)
     logger.info("read path=%s kind=%s tensors=%d blocks=%d", path, source.kind, len(weights), config.n_layer)

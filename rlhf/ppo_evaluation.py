@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.advantages import k3
+from rlhf.config import Config
 from rlhf.environment import EnvironmentRow
 from rlhf.exchange import share_out
 from rlhf.oversight import Oversight
@@ -19,9 +24,16 @@ from rlhf.telemetry import Stopwatch
 SUMMED = ("reward", "score", "kl", "response_tokens", "ended")
 
 
+class Progressing(Protocol):
+    """Who trains a policy, and remembers the highest reward so far."""
+
+    config: Config
+    best_reward: float
+
+
 @dataclass(frozen=True)
 class Seen:
-    """A held-out post's numbers, by the names of SUMMED, and its line in the table of samples."""
+    """A held-out post's numbers, by the names of SUMMED, and its line in the table of samples, if it has one there."""
 
     place: int
     numbers: dict[str, float]
@@ -63,21 +75,30 @@ def look(learner: Learner, place: int, rollout: Rollout) -> Seen:
         "response_tokens": float(len(rollout.response_R)),
         "ended": float(rollout.ended),
     }
+    line = ""
+    if place < learner.config.ppo.sample_table_posts:
+        summary = decode_response(learner.tokenizer, rollout.response_R.tolist())
+        line = sample_line(learner.tokenizer, rollout.row, summary, rollout.score)
+    return Seen(place, numbers, line)
+
+
+def sample_line(tokenizer: PreTrainedTokenizerBase, post: EnvironmentRow, summary: str, score: float) -> str:
+    """A line of the table of samples: a held-out post, its summary and scores."""
     row = {
-        "id": rollout.row.id,
-        "prompt": learner.tokenizer.decode(rollout.row.prompt_ids),
-        "summary": decode_response(learner.tokenizer, rollout.response_R.tolist()),
-        "score": rollout.score,
-        "reference_score": rollout.row.reference_score,
+        "id": post.id,
+        "prompt": tokenizer.decode(post.prompt_ids),
+        "summary": summary,
+        "score": score,
+        "reference_score": post.reference_score,
     }
-    return Seen(place, numbers, json.dumps(row, ensure_ascii=False) + "\n")
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def is_best(learner: Learner, held_out: dict[str, float]) -> bool:
-    """Whether this policy has the highest held-out reward of those within the KL budget."""
+def is_best(progress: Progressing, held_out: Mapping[str, float]) -> bool:
+    """Whether this policy has the highest held-out reward of those within the KL budget, of which note is taken."""
     reward = held_out["ppo/eval_reward"]
-    within = held_out["ppo/eval_kl"] <= learner.config.ppo.kl_budget
-    if not (within and math.isfinite(reward) and reward > learner.best_reward):
+    within = held_out["ppo/eval_kl"] <= progress.config.ppo.kl_budget
+    if not (within and math.isfinite(reward) and reward > progress.best_reward):
         return False
-    learner.best_reward = reward
+    progress.best_reward = reward
     return True

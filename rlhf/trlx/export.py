@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.health import check_finite
 from rlhf.models import load_policy
+from rlhf.ppo_setup import VALUE_FILE
 from rlhf.training_state import OPTIMIZER_FILE, STATE_FILE, load_optimizer_tensors, optimizer_tensors
 
-VALUE_FILE = "value.safetensors"
 TRLX_WEIGHTS = "pytorch_model.bin"
 
 

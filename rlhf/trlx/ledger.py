@@ -6,7 +6,6 @@ optimiser steps are done.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.checkpoint import StageDir
 from rlhf.config import Config
 from rlhf.oversight import Oversight
+from rlhf.ppo_evaluation import is_best, sample_line
 from rlhf.telemetry import Metrics, Progress
 from rlhf.trlx.export import read_numbers, read_trainer, write_trainer
 from rlhf.trlx.reward import RewardFunction, Scored
@@ -117,7 +117,7 @@ class Ledger:
     def end_iteration(self, *, final: bool = False) -> None:
         """Log the iteration, and save where that is due."""
         ppo = self.config.ppo
-        best = self._is_best()
+        best = bool(self._held_out) and is_best(self, self._held_out)
         values = self._begun | _averages(self._steps) | {"time/train_seconds": self._train_seconds} | self._held_out
         self.iteration += 1
         self._log_line(values)
@@ -155,16 +155,6 @@ class Ledger:
             "time/experience_seconds": values["time/rollout_time"] * chunks - generate - score,
         }
 
-    def _is_best(self) -> bool:
-        """Whether this policy has the highest held-out reward of those within the KL budget."""
-        if not self._held_out or not self._held_out["ppo/eval_kl"] <= self.config.ppo.kl_budget:
-            return False
-        reward = self._held_out["ppo/eval_reward"]
-        if not (math.isfinite(reward) and reward > self.best_reward):
-            return False
-        self.best_reward = reward
-        return True
-
     def _log_line(self, values: Mapping[str, float]) -> None:
         self.metrics.log(self.iteration, values)
         shown = {key: values[f"ppo/{key}"] for key in ("reward", "kl") if f"ppo/{key}" in values}
@@ -182,16 +172,7 @@ class Ledger:
         self._saved_at = self.iteration
 
     def _write_samples(self, scored: Sequence[Scored]) -> None:
-        lines = []
-        for one in scored:
-            row = {
-                "id": one.row.id,
-                "prompt": self.tokenizer.decode(one.row.prompt_ids),
-                "summary": one.summary,
-                "score": one.score,
-                "reference_score": one.row.reference_score,
-            }
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        lines = [sample_line(self.tokenizer, one.row, one.summary, one.score) for one in scored]
         done = self.iteration + bool(self._steps)
         self.stage.write_text(f"samples/step-{done:08d}.jsonl", "".join(lines))
 
