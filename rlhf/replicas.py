@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from rlhf.saver import HostBuffers
 from rlhf.step import Stepped
-from rlhf.training_state import HostState, load_optimizer_tensors
+from rlhf.training_state import HostState, load_optimizer_tensors, optimizer_tensors
 
 
 class Replicas:
@@ -22,6 +23,7 @@ class Replicas:
         self._accelerator = accelerator
         self._optimizer = optimizer
         self._hosts: dict[nn.Module, HostState] = {}
+        self._moments = HostBuffers()
         self.model, self._wrapped = accelerator.prepare(network, optimizer)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -60,11 +62,16 @@ class Replicas:
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """A copy in host memory."""
-        return self._host(module).weights() if self._accelerator.is_main_process else {}
+        if not self._accelerator.is_main_process:
+            return {}
+        if module not in self._hosts:
+            self._hosts[module] = HostState(module)
+        return self._hosts[module].weights()
 
     def moments(self) -> dict[str, Tensor]:
         """A copy in host memory."""
-        return self._host(self.model).moments(self._optimizer) if self._accelerator.is_main_process else {}
+        keep = self._accelerator.is_main_process
+        return self._moments.copy(optimizer_tensors(self._optimizer).items(), keep=keep)
 
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy them to where the parameters are."""
@@ -82,6 +89,3 @@ class Replicas:
             scaler.load_state_dict(
                 scaler.state_dict() | {key: state[key] for key in scaler.state_dict() if key in state}
             )
-
-    def _host(self, module: nn.Module) -> HostState:
-        return self._hosts.setdefault(module, HostState(module))

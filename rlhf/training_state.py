@@ -26,7 +26,7 @@ OPTIMIZER_FILE, RANDOM_FILE, STATE_FILE = "optimizer.safetensors", "random.safet
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimiser's moments and step counts as `<parameter's number>.<name>`; none before its first step.
 
-    The tensors are the optimiser's own: copy them before it goes on (`HostState`).
+    The tensors are the optimiser's own: copy them before it goes on (`saver.HostBuffers`).
     """
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": tensor for number, entry in state.items() for name, tensor in entry.items()}
@@ -102,7 +102,7 @@ def _known(value: Tensor) -> float | None:
 
 
 class HostState:
-    """A model's weights and its optimiser's moments in host memory, for a save in the background.
+    """A model's weights in host memory, for a save in the background.
 
     A copy is good until the next one. Weights that never change are copied once. `whole` gives a weight that is
     sharded over processes as it is without; without `keep` it is asked for, since it may take all processes, and
@@ -114,7 +114,7 @@ class HostState:
     ) -> None:
         self._model, self._whole, self._keep = model, whole, keep
         self._frozen: dict[str, Tensor] | None = None
-        self._weights, self._moments = HostBuffers(), HostBuffers()
+        self._weights = HostBuffers()
 
     def weights(self) -> dict[str, Tensor]:
         """The weights as `model.state_dict()` names them; names of one weight there share their copy."""
@@ -127,10 +127,6 @@ class HostState:
             self._frozen = self._copied(HostBuffers(), still)
         copies = self._frozen | self._copied(self._weights, trained.items())
         return {name: copies[first] for name, first in owners.items()} if self._keep else {}
-
-    def moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """What `optimizer_tensors` gives, copied."""
-        return self._moments.copy(optimizer_tensors(optimizer).items())
 
     def _copied(self, buffers: HostBuffers, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         return buffers.copy(((name, self._whole(weight)) for name, weight in weights), keep=self._keep)

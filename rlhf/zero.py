@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from rlhf.processes import process_rank
 from rlhf.runtime import torch_dtype
 from rlhf.saver import HostBuffers
 from rlhf.step import Stepped
@@ -116,7 +117,8 @@ class ZeroShards:
         steps = [tensor for name, tensor in tensors.items() if name.endswith(".step")]
         if not steps:
             return
-        for flat, fused in self._flat_shards():
+        fused = bool(self._optimizer.defaults.get("fused"))
+        for flat in self._flat_shards():
             self._optimizer.state[flat] = {
                 "step": steps[0].to(flat.device if fused else "cpu", copy=True),
                 "exp_avg": torch.zeros_like(flat),
@@ -157,8 +159,7 @@ class ZeroShards:
     def _gathered_moments(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        flat, _ = next(self._flat_shards())
-        step = self._optimizer.state.get(flat, {}).get("step")
+        step = self._optimizer.state.get(self._flat_shards()[0], {}).get("step")
         if step is None:
             return
         self._link_moments()
@@ -176,7 +177,7 @@ class ZeroShards:
 
         if self._sharded_weights:
             return
-        for parameters, (flat, _) in zip(self._zero.bit16_groups, self._flat_shards(), strict=True):
+        for parameters, flat in zip(self._zero.bit16_groups, self._flat_shards(), strict=True):
             lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
 
     def _load_moment(self, parameter: Tensor, name: str, value: Tensor) -> None:
@@ -192,13 +193,13 @@ class ZeroShards:
             return
         shard = safe_get_local_optimizer_state(parameter, name)
         # Shards are of equal size, so that the last ones may reach beyond the end.
-        start = shard.numel() * torch.distributed.get_rank()
+        start = shard.numel() * process_rank()
         mine, part = torch.zeros_like(shard), value.flatten()[start : start + shard.numel()]
         mine[: part.numel()] = part
         safe_set_local_optimizer_state(parameter, mine, name)
 
-    def _flat_shards(self) -> Iterator[tuple[Tensor, bool]]:
-        """What DeepSpeed has our optimiser move: float32 shards of many parameters each, and whether in fused steps."""
-        zero, fused = self._zero, bool(self._optimizer.defaults.get("fused"))
-        flats = zero.fp32_partitioned_groups_flat if self._sharded_weights else zero.single_partition_of_fp32_groups
-        yield from ((flat, fused) for flat in flats)
+    def _flat_shards(self) -> list[Tensor]:
+        """What DeepSpeed has our optimiser move: float32 shards of many parameters each."""
+        if self._sharded_weights:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
