@@ -12,11 +12,13 @@ import argparse
 import gc
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,15 @@ def fit(values: Sequence[float]) -> Line:
     rest = sum((value - mean - slope * (place - middle)) ** 2 for place, value in enumerate(values))
     error = math.sqrt(rest / (count - 2) / spread)
     return Line(slope, error, (sum(values[-tenth:]) - sum(values[:tenth])) / tenth)
+
+
+def usual_growth(values: Sequence[float], *, block: int) -> float:
+    """KiB an iteration in the median of blocks of so many: what each iteration keeps, whatever a few steps add.
+
+    Allocators take memory in steps, of which a line fitted to few iterations makes a slope.
+    """
+    edges = values[::block]
+    return statistics.median(after - before for before, after in pairwise(edges)) / block
 
 
 def measure(*, iterations: int, leak_from: int | None = None) -> dict[str, list[float]]:
