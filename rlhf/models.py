@@ -24,6 +24,7 @@ from transformers import (
 
 from rlhf.config import TinyModelConfig
 from rlhf.errors import PrerequisiteError
+from rlhf.gptj import use_fused_attention
 from rlhf.model_files import load_model, open_config, own_memory
 from rlhf.prompt import PROMPT_VERSION
 from rlhf.weights import StoredTensor
@@ -43,6 +44,7 @@ def load_policy(
     if REWARD_HEAD in unused:  # with a tied LM head nothing would be missing
         raise PrerequisiteError(f"{path} is a reward model, not a language model: it has {REWARD_HEAD}")
     _require_all_weights(path, missing, "a language model")
+    use_fused_attention(model)
     return own_memory(model.to(device)).eval()
 
 
@@ -58,6 +60,7 @@ def load_reward_model(
         config.num_labels = 1  # a causal LM's config says 2; the missing head is then reported below
     model, missing, _ = load_model(AutoModelForSequenceClassification, Path(path), config, stored, dtype)
     _require_all_weights(path, missing, "a reward model")
+    use_fused_attention(model)
     return own_memory(model.to(device)).eval()
 
 
@@ -82,7 +85,9 @@ def create_tiny_gptj(
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPTJForCausalLM(config).eval()
+        model = GPTJForCausalLM(config).eval()
+    use_fused_attention(model)
+    return model
 
 
 def reward_model_from_policy(policy_path: str | Path, *, seed: int) -> PreTrainedModel:
@@ -108,6 +113,7 @@ def reward_model_from_policy(policy_path: str | Path, *, seed: int) -> PreTraine
     with torch.no_grad():
         model.score.weight.normal_(0.0, (config.hidden_size + 1) ** -0.5, generator=generator)
     stamp_prompt_version(model)
+    use_fused_attention(model)
     return own_memory(model).eval()
 
 

@@ -25,8 +25,8 @@ SERVED = {
 LAYERS = (
     {"errors", "synthetic_wording", "processes", "gpus", "cgroups", "triton_cache", "quoting", "broken_texts", "step"},
     {"config", "console", "storage", "stopping", "service_client"},
-    {"lease", "watchdog", "deepspeed_settings", "weights"},
-    {"checkpoint", "skeleton"},
+    {"lease", "watchdog", "packing", "deepspeed_settings", "weights"},
+    {"checkpoint", "skeleton", "gptj"},
     {"model_shape", "memory_strategy"},
     {"model_families", "memory_activations"},
     {"memory_trained"},
@@ -44,6 +44,8 @@ LAYERS = (
         "placement",
         "health",
         "model_files",
+        "forward",
+        "vocabulary",
     },
     {"prompt", "losses", "advantages", "bootstrap", "calibration", "rouge", "charts", "pipeline", "saver", "oversight"},
     {
