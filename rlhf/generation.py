@@ -1,10 +1,10 @@
 """Sampling token ids from a causal LM: the interface, and our own engine.
 
-The engine runs any causal LM of transformers: one left-padded pass over the prompts, then one token a step
-over the key/value cache. Ids go in and ids come out; nothing is decoded on the way.
+The engine runs any causal LM of transformers: one pass over the prompts, then one token a step over the keys and
+values kept. Ids go in and ids come out; nothing is decoded on the way.
 
-Shapes: B prompts, A rows still in the batch, R response columns (right-padded), V vocabulary. Masks are True where a
-token counts.
+Shapes: B prompts, A rows still in the batch, R response columns (right-padded), V vocabulary, H hidden. Masks are True
+where a token counts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.decoding import RowDecoder, keeps_trunk, open_decoder
 from rlhf.errors import RlhfError
-from rlhf.kv_cache import Decoder
-from rlhf.sampling import Sampling, choose_tokens, chosen_logprobs
+from rlhf.sampling import Sampling, choose_tokens
 from rlhf.sequences import check_sequences
 from rlhf.slots import RunningBatch, SlotBatch
+from rlhf.trunk_states import TrunkStates
 
 STEPS_BETWEEN_CHECKS = 8
 """On an accelerator, asking whether all rows have ended waits for it; so it is asked this seldom there."""
@@ -34,12 +35,15 @@ class Generation:
 
     response_BR: int64, pad where masked. response_mask_BR: bool, EOS included. logprobs_BR: float32, of the
     full softmax at the sampling temperature (greedy: at 1), 0 where masked. ended_B: whether EOS came.
+    trunk: where asked for, of each prompt and its response without the last token the hidden states below a block,
+    [tokens, H]; views of one tensor.
     """
 
     response_BR: Tensor
     response_mask_BR: Tensor
     logprobs_BR: Tensor
     ended_B: Tensor
+    trunk: list[Tensor] | None = None
 
 
 class Engine(Protocol):
@@ -51,8 +55,14 @@ class Engine(Protocol):
         sampling: Sampling,
         *,
         generator: torch.Generator | None = None,
+        chances_BR: Tensor | None = None,
+        trunk_layers: int | None = None,
     ) -> Generation:
-        """A response to each prompt, all in one batch. Without a generator, torch's own is used."""
+        """A response to each prompt, all in one batch. Without a generator, torch's own is used.
+
+        chances_BR are uniform numbers that were drawn before, one a token, in a generator's place. An engine that can
+        keeps the hidden states after the first trunk_layers blocks.
+        """
         ...
 
     def open(self, slots: int) -> RunningBatch:
@@ -72,12 +82,15 @@ class BuiltinEngine:
     """Runs the model it is given, where it is and in its own precision; it may be in training meanwhile.
 
     An engine that shares its model with a trainer sees every optimiser step and needs no `sync`.
+    cuda_graphs: on a GPU, have `generate` record a plain GPT-J's step and replay it; all rows then run to the end of
+    the longest. Not yet tried on a GPU, so off.
     """
 
-    def __init__(self, model: PreTrainedModel, *, eos_id: int, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, eos_id: int, pad_id: int, cuda_graphs: bool = False) -> None:
         self._model = model
         self._eos_id = eos_id
         self._pad_id = pad_id
+        self._cuda_graphs = cuda_graphs
 
     # no_grad, not inference_mode: what comes out is used in training, which inference tensors refuse.
     @torch.no_grad()
@@ -88,46 +101,63 @@ class BuiltinEngine:
         *,
         generator: torch.Generator | None = None,
         chances_BR: Tensor | None = None,
+        trunk_layers: int | None = None,
     ) -> Generation:
         """A response to each prompt, all in one batch, on the model's device.
 
         chances_BR are uniform numbers that were drawn before, one a token, in place of a generator's.
-        Greedy, a prompt's response does not depend on the other prompts; sampled, the same chances and prompts give
-        the same responses. Raises ValueError for prompts that the model cannot take and
-        RlhfError when its log-probabilities are not finite.
+        With trunk_layers n above 0, a GPT-J's hidden states after its first n blocks are kept of every token that it
+        reads; of other architectures none are. Greedy, a prompt's response does not depend on the other prompts;
+        sampled, the same chances and prompts give the same responses. Raises ValueError for prompts that the model
+        cannot take and RlhfError when its log-probabilities are not finite.
         """
         if len(prompts) == 0:
             raise ValueError("no prompts: give at least one")
         check_sequences(prompts, self._model, kind="prompt", room=sampling.max_new_tokens)
-        device, shape_BR = self._model.device, (len(prompts), sampling.max_new_tokens)
-        response_BR = torch.full(shape_BR, self._pad_id, device=device)
-        mask_BR = torch.zeros(shape_BR, dtype=torch.bool, device=device)
-        logprobs_BR = torch.zeros(shape_BR, device=device)
-        chances_BR = (draw_chances(shape_BR, generator) if chances_BR is None else chances_BR).to(device)
-        check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS
+        if chances_BR is None:
+            chances_BR = draw_chances((len(prompts), sampling.max_new_tokens), generator)
+        most, trunk = sampling.max_new_tokens, None
+        if trunk_layers and keeps_trunk(self._model):
+            trunk = TrunkStates(prompts, layers=trunk_layers, room=most)
+        decoder = open_decoder(
+            self._model,
+            rows=len(prompts),
+            pad_id=self._pad_id,
+            fixed_steps=most,
+            trunk=trunk,
+            cuda_graphs=self._cuda_graphs,
+        )
+        with _evaluating(self._model):
+            written = self._write(decoder, prompts, sampling, chances_BR.to(self._model.device))
+        return _generation(*written, eos_id=self._eos_id, pad_id=self._pad_id, trunk=trunk)
 
+    def _write(
+        self, decoder: RowDecoder, prompts: Sequence[Sequence[int]], sampling: Sampling, chances_BR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities, [B, R] both; what follows a row's EOS means nothing."""
+        device, most = chances_BR.device, sampling.max_new_tokens
+        tokens_BR = torch.full((len(prompts), most), self._pad_id, device=device)
+        logprobs_BR = torch.zeros((len(prompts), most), device=device)
         rows_A = torch.arange(len(prompts), device=device)
         alive_A = torch.ones_like(rows_A, dtype=torch.bool)
-        decoder = Decoder(self._model, rows=len(prompts), pad_id=self._pad_id)
-        with _evaluating(self._model):
-            logits_AV = decoder.join(prompts, room=sampling.max_new_tokens)
-            for step in range(sampling.max_new_tokens):
-                blocked = self._eos_id if step < sampling.min_new_tokens else None
-                tokens_A = choose_tokens(logits_AV, sampling, chances_BR[rows_A, step], blocked=blocked)
-                mask_BR[rows_A, step] = alive_A
-                response_BR[rows_A, step] = tokens_A.where(alive_A, self._pad_id)
-                logprobs_BR[rows_A, step] = chosen_logprobs(logits_AV, tokens_A, sampling).where(alive_A, 0.0)
-                alive_A = alive_A & (tokens_A != self._eos_id)
-                if (step + 1) % check_every == 0:
-                    ended = (~alive_A).nonzero().squeeze(1).tolist()
-                    if len(ended) == len(rows_A):
-                        break
+        check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS
+        logits_AV = decoder.join(prompts, room=most)
+        for step in range(most):
+            blocked = self._eos_id if step < sampling.min_new_tokens else None
+            tokens_A, logprobs_A = choose_tokens(logits_AV, sampling, chances_BR[rows_A, step], blocked=blocked)
+            tokens_BR[rows_A, step] = tokens_A
+            logprobs_BR[rows_A, step] = logprobs_A
+            if step + 1 == most:
+                break
+            alive_A &= tokens_A != self._eos_id
+            if (step + 1) % check_every == 0 and (ended := (~alive_A).nonzero().squeeze(1).tolist()):
+                if len(ended) == len(rows_A):
+                    return tokens_BR[:, : step + 1], logprobs_BR[:, : step + 1]
+                if not self._cuda_graphs:
                     order = decoder.leave(ended)
                     rows_A, alive_A, tokens_A = rows_A[order], alive_A[order], tokens_A[order]
-                if step + 1 < sampling.max_new_tokens:
-                    logits_AV = decoder.step(tokens_A)
-
-        return _generation(response_BR, mask_BR, logprobs_BR, eos_id=self._eos_id)
+            logits_AV = decoder.step(tokens_A)
+        return tokens_BR, logprobs_BR
 
     def open(self, slots: int) -> RunningBatch:
         """An empty running batch; the model must stay in eval mode while it is used."""
@@ -188,13 +218,24 @@ def summarize(
     return Summaries(responses, ended)
 
 
-def _generation(response_BR: Tensor, mask_BR: Tensor, logprobs_BR: Tensor, *, eos_id: int) -> Generation:
-    """Cut to the longest response; RlhfError when a log-probability is not finite."""
+def _generation(
+    tokens_BR: Tensor, logprobs_BR: Tensor, *, eos_id: int, pad_id: int, trunk: TrunkStates | None
+) -> Generation:
+    """End each row with its first EOS, and all with the longest; RlhfError for a log-probability that is not finite."""
+    eos_BR = tokens_BR == eos_id
+    mask_BR = eos_BR.cumsum(dim=1) - eos_BR.long() == 0
+    logprobs_BR = logprobs_BR.where(mask_BR, 0.0)
     if not bool(logprobs_BR.isfinite().all()):
         raise RlhfError("the policy's log-probabilities are not finite; lower the learning rate or use float32")
-    longest = int(mask_BR.sum(dim=1).max())
-    ended_B = ((response_BR == eos_id) & mask_BR).any(dim=1)
-    return Generation(response_BR[:, :longest], mask_BR[:, :longest], logprobs_BR[:, :longest], ended_B)
+    lengths = mask_BR.sum(dim=1).tolist()
+    longest = slice(max(lengths))
+    return Generation(
+        response_BR=tokens_BR.where(mask_BR, pad_id)[:, longest],
+        response_mask_BR=mask_BR[:, longest],
+        logprobs_BR=logprobs_BR[:, longest],
+        ended_B=eos_BR.any(dim=1),
+        trunk=None if trunk is None else trunk.of_sequences(lengths),
+    )
 
 
 def draw_chances(shape_BR: tuple[int, int], generator: torch.Generator | None) -> Tensor:

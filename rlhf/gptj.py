@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, GPTJModel, PreTrainedModel
 from transformers.models.gptj.modeling_gptj import GPTJMLP, GPTJAttention
 
+from rlhf.onednn import mlp
 from rlhf.packing import Grid, Packed
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -129,7 +130,8 @@ def _run_block(block: Any, hidden_NH: Tensor, turns: Tensor, packed: Packed) -> 
         seen=seen,
     )
     mixed_KH = queries.gather(mixed_BhQD.transpose(1, 2)).flatten(1)
-    output: Tensor = attention.out_proj(mixed_KH) + block.mlp(normed_KH) + hidden_KH
+    widened_KH = mlp(block.mlp.fc_in, block.mlp.act, block.mlp.fc_out, normed_KH)
+    output: Tensor = attention.out_proj(mixed_KH) + widened_KH + hidden_KH
     return output
 
 

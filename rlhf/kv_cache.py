@@ -18,10 +18,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from rlhf.models import position_ids
+from rlhf.row_buffers import COLUMNS_AT_ONCE, moves
 from rlhf.sequences import left_pad
-
-COLUMNS_AT_ONCE = 64
-"""Buffers grow by as many columns as are needed, rounded up to this, so that they seldom grow."""
 
 
 class Decoder:
@@ -77,12 +75,7 @@ class Decoder:
 
         spoiled: they may hold NaN, which would reach the next rows in their places even through a mask.
         """
-        gone = set(rows)
-        order = list(range(len(self)))
-        for row in sorted(gone, reverse=True):
-            last = order.pop()
-            if row < len(order):
-                order[row] = last
+        order = moves(len(self), rows)
         for row, before in enumerate(order):
             if row != before:
                 self._cache.move(before, row)

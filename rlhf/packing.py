@@ -49,7 +49,7 @@ class Grid:
 
     def to(self, device: torch.device | str) -> Grid:
         """On another device."""
-        return replace(self, places_M=self.places_M.to(device))
+        return replace(self, places_M=self.places_M.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Kept:
         """On another device."""
         return replace(
             self,
-            index_K=self.index_K.to(device),
+            index_K=self.index_K.to(device, non_blocking=True),
             by_sequence=self.by_sequence.to(device),
             queries=self.queries.to(device),
-            seen_B1QT=self.seen_B1QT.to(device),
+            seen_B1QT=self.seen_B1QT.to(device, non_blocking=True),
         )
 
 
@@ -98,10 +98,10 @@ class Packed:
         """On another device."""
         return replace(
             self,
-            ids_N=self.ids_N.to(device),
-            positions_N=self.positions_N.to(device),
+            ids_N=self.ids_N.to(device, non_blocking=True),
+            positions_N=self.positions_N.to(device, non_blocking=True),
             tokens=self.tokens.to(device),
-            seen_B1TT=None if self.seen_B1TT is None else self.seen_B1TT.to(device),
+            seen_B1TT=None if self.seen_B1TT is None else self.seen_B1TT.to(device, non_blocking=True),
             kept=None if self.kept is None else self.kept.to(device),
         )
 

@@ -45,23 +45,41 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} is not above 0 and at most 1; give 1 to switch it off")
 
 
-def choose_tokens(logits_AV: Tensor, sampling: Sampling, chances_A: Tensor, *, blocked: int | None = None) -> Tensor:
-    """The next token of each row: the likeliest, or the one at which the distribution function passes its chance.
+def choose_tokens(
+    logits_AV: Tensor, sampling: Sampling, chances_A: Tensor, *, blocked: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row, and its log-probability under the full softmax at the sampling temperature.
 
-    chances_A is uniform on [0, 1), float64. The token id `blocked` is never chosen.
+    The token is the likeliest, or the one at which the distribution function passes the row's chance; chances_A is
+    uniform on [0, 1), float64. The token id `blocked` is never chosen. The log-probabilities (greedy: at
+    temperature 1), float32, are the same whatever was excluded from sampling.
     """
-    if blocked is not None:
-        logits_AV = logits_AV.clone()
-        logits_AV[:, blocked] = -torch.inf
     if sampling.temperature == 0:
-        return logits_AV.argmax(dim=-1)
-    logits_AV = _narrow(logits_AV / max(sampling.temperature, LEAST_TEMPERATURE), sampling)
+        tokens_A1 = _without(logits_AV, blocked).argmax(dim=-1, keepdim=True)
+        return tokens_A1.squeeze(1), logits_AV.gather(1, tokens_A1).squeeze(1) - logits_AV.logsumexp(dim=-1)
+    scaled_AV = logits_AV if sampling.temperature == 1 else logits_AV / max(sampling.temperature, LEAST_TEMPERATURE)
+    allowed_AV = _narrow(_without(scaled_AV, blocked), sampling)
+    greatest_A1 = allowed_AV.amax(dim=-1, keepdim=True).double()
     # In float64, so that rare tokens of a large vocabulary keep their share of the sum.
-    cumulative_AV = logits_AV.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative_AV = allowed_AV.double().sub_(greatest_A1).exp_().cumsum_(dim=-1)
+    total_A1 = cumulative_AV[:, -1:]
     # Below the total, since a chance is at most 1 - 2^-53; so no token of probability 0 is hit at either end.
-    targets_A = chances_A * cumulative_AV[:, -1]
-    tokens_A = torch.searchsorted(cumulative_AV, targets_A[:, None], right=True).squeeze(1)
-    return tokens_A.clamp(max=logits_AV.shape[-1] - 1)  # NaN logits are reported at the end, not by a crash here
+    tokens_A1 = torch.searchsorted(cumulative_AV, chances_A[:, None] * total_A1, right=True)
+    tokens_A1.clamp_(max=logits_AV.shape[-1] - 1)  # NaN logits are reported at the end, not by a crash here
+    if allowed_AV is scaled_AV:
+        normaliser_A1 = greatest_A1 + total_A1.log()
+    else:
+        normaliser_A1 = scaled_AV.logsumexp(dim=-1, keepdim=True)
+    return tokens_A1.squeeze(1), (scaled_AV.gather(1, tokens_A1) - normaliser_A1).squeeze(1).float()
+
+
+def _without(logits_AV: Tensor, blocked: int | None) -> Tensor:
+    """A copy in which a token is impossible; the same where none is blocked."""
+    if blocked is None:
+        return logits_AV
+    logits_AV = logits_AV.clone()
+    logits_AV[:, blocked] = -torch.inf
+    return logits_AV
 
 
 def _narrow(logits_AV: Tensor, sampling: Sampling) -> Tensor:
@@ -78,9 +96,3 @@ def _narrow(logits_AV: Tensor, sampling: Sampling) -> Tensor:
         excluded_AV = beyond_AV.scatter(1, order_AV, beyond_AV)
         logits_AV = logits_AV.masked_fill(excluded_AV, -torch.inf)
     return logits_AV
-
-
-def chosen_logprobs(logits_AV: Tensor, tokens_A: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities of tokens_A under the full softmax, whatever was excluded from sampling."""
-    logprobs_AV = (logits_AV / (sampling.temperature or 1.0)).log_softmax(dim=-1)
-    return logprobs_AV.gather(1, tokens_A[:, None]).squeeze(1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.kv_cache import Decoder
+from rlhf.decoding import open_decoder
 from rlhf.runtime import generator
 from rlhf.sampling import Sampling, choose_tokens
 from rlhf.sequences import check_sequences
@@ -73,7 +73,7 @@ class RunningBatch(Protocol):
 class _Row:
     key: int
     sampling: Sampling
-    chances_R: Tensor
+    chances: list[float]
     written: int = 0
 
 
@@ -84,7 +84,7 @@ class SlotBatch:
         self._model = model
         self._slots = slots
         self._eos_id = eos_id
-        self._decoder = Decoder(model, rows=slots, pad_id=pad_id)
+        self._decoder = open_decoder(model, rows=slots, pad_id=pad_id)
         self._rows: list[_Row] = []
         self._tokens_A = torch.empty(0, dtype=torch.long, device=model.device)
 
@@ -144,19 +144,28 @@ class SlotBatch:
 
     def _choose(self, rows: Sequence[_Row], logits_AV: Tensor) -> Tensor:
         """The next token of each row; rows that are sampled alike are sampled together."""
+        kinds = _alike(rows)
+        if len(kinds) == 1:
+            return self._choose_alike(rows, logits_AV)
         tokens_A = torch.empty(len(rows), dtype=torch.long, device=logits_AV.device)
-        for numbers in _alike(rows):
-            first = rows[numbers[0]]
-            chances = torch.stack([rows[number].chances_R[rows[number].written] for number in numbers])
-            blocked = self._eos_id if first.written < first.sampling.min_new_tokens else None
-            chosen = choose_tokens(logits_AV[numbers], first.sampling, chances.to(logits_AV.device), blocked=blocked)
-            tokens_A[numbers] = chosen
+        for numbers in kinds:
+            tokens_A[numbers] = self._choose_alike([rows[number] for number in numbers], logits_AV[numbers])
+        return tokens_A
+
+    def _choose_alike(self, rows: Sequence[_Row], logits_AV: Tensor) -> Tensor:
+        first = rows[0]
+        chances = [row.chances[row.written] for row in rows]
+        chances_A = torch.tensor(chances, dtype=torch.float64, device=logits_AV.device)
+        blocked = self._eos_id if first.written < first.sampling.min_new_tokens else None
+        tokens_A, _ = choose_tokens(logits_AV, first.sampling, chances_A, blocked=blocked)
         return tokens_A
 
 
-def _chances(request: Request) -> Tensor:
+def _chances(request: Request) -> list[float]:
     """One uniform number a token, drawn beforehand."""
-    return torch.rand(request.sampling.max_new_tokens, generator=generator(*request.seed), dtype=torch.float64)
+    count = request.sampling.max_new_tokens
+    chances: list[float] = torch.rand(count, generator=generator(*request.seed), dtype=torch.float64).tolist()
+    return chances
 
 
 def _alike(rows: Sequence[_Row]) -> list[list[int]]:

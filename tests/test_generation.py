@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import RlhfError
 from rlhf.generation import BuiltinEngine, Generation, Sampling, summarize
-from rlhf.sampling import choose_tokens, chosen_logprobs
+from rlhf.sampling import _narrow, choose_tokens
 from rlhf.sequences import left_pad
+from tests.benchmarks import generation as benchmark
 from tests.fakes import EOS_ID, MODELS, PAD_ID, POSITIONS, SHAPE, tiny_policy
 
 LENGTHS = (23, 1, 7, 40, 7, 90)
@@ -119,8 +122,30 @@ def test_a_chance_picks_the_token_at_which_the_distribution_passes_it() -> None:
     # Probabilities 0, 1/4, 1/2, 0, 1/4, 0: their sums pass at 0.25, 0.75 and 1.
     logits_AV = torch.tensor([[0, 1, 2, 0, 1, 0]]).log().repeat(7, 1)
     chances_A = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 0.9999, 1 - 2**-53], dtype=torch.float64)
-    tokens_A = choose_tokens(logits_AV, Sampling(max_new_tokens=1), chances_A)
+    tokens_A, _ = choose_tokens(logits_AV, Sampling(max_new_tokens=1), chances_A)
     assert tokens_A.tolist() == [1, 1, 2, 2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 40}, {"top_p": 0.9, "temperature": 1.3}])
+@pytest.mark.parametrize("blocked", [None, 5])
+def test_one_pass_chooses_what_a_distribution_function_of_probabilities_does(
+    settings: dict[str, float], blocked: int | None
+) -> None:
+    sampling = Sampling(max_new_tokens=1, **settings)  # type: ignore[arg-type]
+    chances = torch.Generator().manual_seed(0)
+    logits_AV = 4 * torch.randn(64, 5000, generator=chances)
+    chances_A = torch.rand(64, generator=chances, dtype=torch.float64)
+    tokens_A, logprobs_A = choose_tokens(logits_AV, sampling, chances_A, blocked=blocked)
+
+    narrowed_AV = logits_AV.clone()
+    if blocked is not None:
+        narrowed_AV[:, blocked] = -torch.inf
+    narrowed_AV = _narrow(narrowed_AV / sampling.temperature, sampling)
+    cumulative_AV = narrowed_AV.double().softmax(dim=-1).cumsum(dim=-1)
+    expected_A = (cumulative_AV <= (chances_A * cumulative_AV[:, -1])[:, None]).sum(dim=-1)
+    assert torch.equal(tokens_A, expected_A)
+    full_AV = (logits_AV / sampling.temperature).log_softmax(dim=-1)
+    torch.testing.assert_close(logprobs_A, full_AV.gather(1, expected_A[:, None]).squeeze(1), atol=1e-5, rtol=1e-5)
 
 
 def test_temperature_top_k_and_top_p_narrow_the_choice() -> None:
@@ -129,7 +154,7 @@ def test_temperature_top_k_and_top_p_narrow_the_choice() -> None:
 
     def shares(**settings: float) -> list[float]:
         sampling = Sampling(max_new_tokens=1, **settings)  # type: ignore[arg-type]
-        tokens_A = choose_tokens(logits_V.repeat(1000, 1), sampling, chances_A)
+        tokens_A, _ = choose_tokens(logits_V.repeat(1000, 1), sampling, chances_A)
         return (torch.bincount(tokens_A, minlength=4) / 1000).tolist()
 
     assert shares() == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=2e-3)
@@ -140,17 +165,36 @@ def test_temperature_top_k_and_top_p_narrow_the_choice() -> None:
     assert shares(top_p=0.6) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=2e-3)
     assert shares(top_p=0.3) == [0, 1, 0, 0]
     assert shares(top_k=9, top_p=1.0) == shares()
-    greedy = choose_tokens(logits_V[None], Sampling(max_new_tokens=1, temperature=0), chances_A[:1])
+    greedy, _ = choose_tokens(logits_V[None], Sampling(max_new_tokens=1, temperature=0), chances_A[:1])
     assert greedy.tolist() == [1]
 
 
 def test_a_narrowed_choice_keeps_its_full_probability() -> None:
     logits_AV = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-    token_A = torch.tensor([3])
-    narrowed = Sampling(max_new_tokens=1, top_k=2)
-    assert chosen_logprobs(logits_AV, token_A, narrowed).exp().item() == pytest.approx(0.3)
-    cold = Sampling(max_new_tokens=1, temperature=0.5)
-    assert chosen_logprobs(logits_AV, token_A, cold).exp().item() == pytest.approx(0.09 / 0.30)
+
+    def chosen(chance: float, blocked: int | None = None, **settings: float) -> tuple[int, float]:
+        sampling = Sampling(max_new_tokens=1, **settings)  # type: ignore[arg-type]
+        chance_A = torch.tensor([chance], dtype=torch.float64)
+        token_A, logprob_A = choose_tokens(logits_AV, sampling, chance_A, blocked=blocked)
+        return int(token_A), math.exp(float(logprob_A))
+
+    assert chosen(0.9, top_k=2) == (3, pytest.approx(0.3))
+    assert chosen(0.9, temperature=0.5) == (3, pytest.approx(0.09 / 0.30))
+    assert chosen(0.0, temperature=0) == (1, pytest.approx(0.4))
+    # Without the likeliest: 0.1, 0.2 and 0.3 of 0.6 in turn.
+    assert chosen(0.4, blocked=1) == (2, pytest.approx(0.2))
+    assert chosen(0.0, blocked=1, temperature=0) == (3, pytest.approx(0.3))
+    assert chosen(0.0, blocked=1, top_k=1) == (3, pytest.approx(0.3))
+
+
+def test_a_blocked_token_may_outweigh_all_others_by_far() -> None:
+    logits_AV = torch.tensor([[1.0, 30.0, 1.0, 1.01]])
+    cold = Sampling(max_new_tokens=1, temperature=0.01)
+    # Divided by 0.01: 100, 3000, 100 and 101; without the second 1/(2 + e) each for two, e/(2 + e) for the last.
+    chances_A = torch.tensor([0.2, 0.4, 0.43], dtype=torch.float64)
+    tokens_A, logprobs_A = choose_tokens(logits_AV.expand(3, -1), cold, chances_A, blocked=1)
+    assert tokens_A.tolist() == [0, 2, 3]
+    assert logprobs_A.tolist() == pytest.approx([-2900, -2900, -2899])
 
 
 def test_the_same_seed_gives_the_same_samples() -> None:
@@ -318,3 +362,11 @@ def test_summaries_come_back_in_order() -> None:
     lengths = [len(response) for response in summaries.responses]
     assert summaries.mean_tokens == pytest.approx(sum(lengths) / 7)
     assert summaries.ended_fraction == pytest.approx(sum(summaries.ended) / 7)
+
+
+def test_the_benchmark_measures_both(tmp_path: Path) -> None:
+    small = "--layers 1 --hidden 16 --heads 2 --rotary 4 --vocabulary 64 --rows 3 --prompt 9 --response 4 --repeats 1"
+    benchmark.main([*small.split(), "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rows_alike"] == 1
+    assert found["ratio"] == pytest.approx(found["transformers_seconds"] / found["ours_seconds"])

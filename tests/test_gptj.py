@@ -204,7 +204,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         prepare(model)
         model.train()
         ran = []
-        model.transformer.h[1].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+        model.transformer.h[1].mlp.fc_in.register_forward_pre_hook(lambda *_: ran.append(1))
         hidden_states(model.transformer, pack(SEQUENCES, keep=2)).square().sum().backward()
         passes.append(len(ran))
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -224,7 +224,7 @@ def test_the_last_block_computes_kept_tokens_only() -> None:
         return lambda _, inputs: seen.__setitem__(number, len(inputs[0]))
 
     for number, block in enumerate(model.transformer.h):
-        block.mlp.register_forward_pre_hook(note(number))
+        block.mlp.fc_in.register_forward_pre_hook(note(number))
     packed: Packed = pack(SEQUENCES, keep=1)
     hidden_states(model.transformer, packed)
     assert seen == {0: 15, 1: 15, 2: 3}
