@@ -6,10 +6,12 @@ Nothing heavy is imported before the settings are known to be right.
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rlhf import __version__
 from rlhf.console import Parser, report_failure
@@ -54,26 +56,40 @@ def command_serve(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Until the server listens for signals nothing is accepted, so there is nothing to finish.
         signal.signal(number, lambda number, frame: sys.exit(0))
+    from app.read_ahead import read_ahead
     from app.server import listen
     from app.settings import Settings
 
     settings = Settings.from_environment()
     with listen(settings.host, settings.port) as listener:
-        from rlhf.runtime import announce_device
+        read_ahead(settings.run_dir, (*settings.models, "reward"))
+        with _collecting_no_garbage():
+            from rlhf.runtime import announce_device
 
-        announce_device()
-        from prometheus_client import disable_created_metrics
+            announce_device()
+            from prometheus_client import disable_created_metrics
 
-        from app.logs import configure_service_logging
-        from app.main import create_app
-        from app.server import run
-        from app.service import Service
+            from app.logs import configure_service_logging
+            from app.main import create_app
+            from app.server import run
+            from app.service import Service
 
         configure_service_logging(settings.log_level)
         disable_created_metrics()
         service = Service(settings)
         run(create_app(settings, service), service, settings, listener)
     return 0
+
+
+@contextmanager
+def _collecting_no_garbage() -> Iterator[None]:
+    """For imports, whose many objects all stay: looking through them again and again takes a sixth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def command_settings(options: argparse.Namespace) -> int:

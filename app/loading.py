@@ -6,22 +6,25 @@ Nothing here knows of requests. All of it blocks, for minutes with large models:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.devices import choose_device, choose_dtype
 from app.memory import ROOM_REMEDY, NoRoom, Workload, check_room, model_need, total_need
-from app.published import ModelName, Published, describe, model_names, published, verify_whole
+from app.published import ModelName, Published, describe, model_names, published, verify_files, verify_weights
 from app.schemas import ModelInfo
 from app.settings import Settings
 from app.warm_up import warm_up_policy, warm_up_scorer
 from rlhf import cgroups
 from rlhf.errors import PrerequisiteError
 from rlhf.generation import BuiltinEngine, Engine
+from rlhf.model_files import file_digests
 from rlhf.models import load_policy, load_reward_model
 from rlhf.scoring import Scorer
 from rlhf.tokenizer import load_tokenizer
@@ -156,7 +159,7 @@ def _plan(settings: Settings, name: ModelName, directory: Path) -> _Plan:
 def _load_policy(plan: _Plan, settings: Settings, on_phase: Callable[[str], None]) -> LoadedPolicy:
     model = plan.model
     on_phase(f"verifying {model.name}")
-    verify_whole(model)
+    verify_files(model, weights=settings.engine != "builtin")
     on_phase(f"loading {model.name}")
     tokenizer = _load_tokenizer(model)
     loaded = LoadedPolicy(
@@ -182,7 +185,7 @@ def _load_policy(plan: _Plan, settings: Settings, on_phase: Callable[[str], None
 def _load_reward(plan: _Plan, settings: Settings, on_phase: Callable[[str], None]) -> LoadedReward:
     model, workload = plan.model, plan.workload
     on_phase(f"verifying {model.name}")
-    verify_whole(model)
+    verify_files(model, weights=False)
     on_phase(f"loading {model.name}")
     tokenizer = _load_tokenizer(model)
     network = load_reward_model(model.directory, dtype=workload.dtype, device=workload.device)
@@ -216,22 +219,21 @@ def _open_engine(plan: _Plan, settings: Settings, tokenizer: PreTrainedTokenizer
 
 
 def _settle(network: PreTrainedModel, model: Published) -> None:
-    """Make the weights this process's own, for good, and refuse those that are not numbers.
-
-    On the CPU they are pages of the checkpoint's file when the precision is the file's: pruned on a network volume
-    or written over in place, they would end the process or change under it.
-    """
+    """Freeze the weights, and refuse those that are not what was published, or not numbers."""
+    verify_weights(model, file_digests(network))
     network.requires_grad_(False)
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
     for name, weight in network.named_parameters():
-        if not bool(weight.isfinite().all()):
+        if not _is_finite(weight):
             dtype = str(weight.dtype).removeprefix("torch.")
             raise PrerequisiteError(
                 f"{model.directory}: {name} is not finite in {dtype}; train {model.name} again"
                 + (", or set APP_PRECISION=float32" if weight.dtype != torch.float32 else "")
             )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether there is neither a NaN nor an infinity, in one pass: either shows in the smallest or the largest."""
+    return weight.numel() == 0 or all(math.isfinite(extreme) for extreme in weight.aminmax())
 
 
 def _load_tokenizer(model: Published) -> PreTrainedTokenizerBase:

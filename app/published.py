@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -23,7 +23,10 @@ from rlhf.model_files import open_config
 from rlhf.pipeline import CONFIG_FILE
 from rlhf.prompt import PROMPT_VERSION, REWARD_VERSIONS
 from rlhf.scoring import framing_of
-from rlhf.weights import count_parameters
+from rlhf.storage import sha256, storage_errors
+from rlhf.weights import count_parameters, weight_files
+
+SAFETENSORS = ".safetensors"
 
 ModelName = Literal["ppo", "sft", "reward"]
 
@@ -32,8 +35,9 @@ ModelName = Literal["ppo", "sft", "reward"]
 class Published:
     """A model directory as its small files describe it.
 
-    checksum is `rlhf.checkpoint.fingerprint`; positions are those of a prompt and its summary, None where the model
-    sets no limit; own_tokens come on top, which a reward model's prompt version puts before them.
+    checksum is `rlhf.checkpoint.fingerprint`, files the manifest's list of them; positions are those of a prompt
+    and its summary, None where the model sets no limit; own_tokens come on top, which a reward model's prompt version
+    puts before them.
     """
 
     name: ModelName
@@ -41,6 +45,7 @@ class Published:
     directory: Path
     step: int
     checksum: str
+    files: Mapping[str, Any]
     config: PretrainedConfig
     parameters: int
     prompt_version: str
@@ -93,6 +98,7 @@ def describe(name: ModelName, directory: Path, run: str) -> Published:
         directory=directory,
         step=manifest["step"],
         checksum=checksum,
+        files=manifest["files"],
         config=config,
         parameters=count_parameters(stored),
         prompt_version=config.prompt_version,
@@ -103,22 +109,46 @@ def describe(name: ModelName, directory: Path, run: str) -> Published:
     )
 
 
-def verify_whole(model: Published) -> None:
+def verify_files(model: Published, *, weights: bool) -> None:
     """Hold a directory against its manifest, in both directions: a file that it does not list is refused too.
 
+    Of files in safetensors only the size is looked at. weights: those of the model are read as well; where they are
+    loaded by us, `verify_weights` does without reading them again. What else is in safetensors serves to train on.
     Raises PrerequisiteError naming the file and the command that makes the directory anew.
     """
+    unread = {name for name in model.files if name.endswith(SAFETENSORS)}
     try:
-        verify(model.directory)
-        listed = read_manifest(model.directory)["files"]
+        if weights:
+            unread -= {path.name for path in weight_files(model.directory)}
+        verify(model.directory, contents=False)
+        for name in sorted(model.files.keys() - unread):
+            with storage_errors(model.directory, doing="read"):
+                _compare(model, name, sha256(model.directory / name))
         files = (path for path in model.directory.rglob("*") if path.is_file() and not path.name.startswith("."))
         names = {path.relative_to(model.directory).as_posix() for path in files}
     except (DamagedCheckpoint, OSError) as error:
         raise PrerequisiteError(f"{error}; {_remedy(model.name, model.directory, model.run)}") from error
-    if strangers := sorted(names - {MANIFEST, *listed}):
+    if strangers := sorted(names - {MANIFEST, *model.files}):
         raise PrerequisiteError(
             f"{model.directory / strangers[0]} is not in {MANIFEST}, so nothing says what it is; move it away"
         )
+
+
+def verify_weights(model: Published, digests: Mapping[str, str]) -> None:
+    """Hold the weights that were loaded against the manifest: digests are those of the very bytes, by file name.
+
+    Raises PrerequisiteError naming the file and the command that makes the directory anew.
+    """
+    try:
+        for name, digest in digests.items():
+            _compare(model, name, digest)
+    except DamagedCheckpoint as error:
+        raise PrerequisiteError(f"{error}; {_remedy(model.name, model.directory, model.run)}") from error
+
+
+def _compare(model: Published, name: str, digest: str) -> None:
+    if name not in model.files or digest != model.files[name]["sha256"]:
+        raise DamagedCheckpoint(f"{model.directory / name} has changed since it was written (sha256 differs)")
 
 
 def _final(run_dir: Path, name: ModelName) -> Path:

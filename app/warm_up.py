@@ -14,7 +14,9 @@ from rlhf.sampling import Sampling
 from rlhf.scoring import Scorer
 from rlhf.slots import Request
 
-SHORT_PROMPT_TOKENS, NEW_TOKENS = 8, 4
+SHORT_PROMPT_TOKENS = 8
+NEW_TOKENS = 2
+"""The first comes of reading the prompt, the second of a step, and any further of another such step."""
 
 
 def warm_up_policy(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rlhf.config import Config
 from rlhf.errors import ConfigError, PrerequisiteError
-from rlhf.model_files import load_model, open_config, own_memory
+from rlhf.model_files import load_model, open_config
 from rlhf.models import create_tiny_gptj, stamp_prompt_version
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _load(directory: Path) -> PreTrainedModel:
             f"{where} is not a whole causal LM: {len(missing)} weights are missing, first {min(missing)}; "
             "give one that has a language-model head"
         )
-    return own_memory(model)
+    return model
 
 
 def _add_rows(model: PreTrainedModel, tokens: int) -> None:

@@ -5,19 +5,20 @@ config.json and the weights' headers are held against each other first; no code 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlhf.errors import PrerequisiteError
 from rlhf.quoting import one_line, shown
 from rlhf.skeleton import build_skeleton, check_counts
+from rlhf.weight_reading import read_weights
 from rlhf.weights import REMEDY, StoredTensor, parse_object, stored_tensors
 
 CONFIG = "config.json"
@@ -30,6 +31,7 @@ WRONG_CONTENT = (
     OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError,
 )  # fmt: skip
 """What transformers raises for files that it cannot take. A RuntimeError is rather the machine's: memory is short."""
+_DIGESTS = "_file_digests"
 _ATTENTIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -62,41 +64,57 @@ def load_model(
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model, the weights that its files lack (transformers makes those up) and the unused ones.
 
-    Its weights can still be mapped from the files: see `own_memory`.
+    Its weights are this process's own memory; `file_digests` tells what they were read from.
     Raises PrerequisiteError where files and config do not go together.
     """
-    build_skeleton(auto_class, config, stored, directory / CONFIG)
+    skeleton = build_skeleton(auto_class, config, stored, directory / CONFIG)
+    read = read_weights(directory, stored, dtype=_reading_dtype(skeleton, dtype))
     attention = {"attn_implementation": "eager"} if config.model_type == "gptj" else {}
     try:
         with quiet_transformers():
-            model, report = auto_class.from_pretrained(
-                directory,
+            model, report = type(skeleton).from_pretrained(
+                None,
                 config=config,
+                state_dict=read.tensors,
                 dtype=dtype,
-                use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
                 **attention,
             )
+            _name(model, directory)
     except WRONG_CONTENT as error:
         raise PrerequisiteError(f"{directory} cannot be loaded as a model: {first_line(error)}") from error
     if report["mismatched_keys"]:
         name, there, wanted = sorted(report["mismatched_keys"])[0]
         raise PrerequisiteError(f"{directory}: {name} is {tuple(there)} in the file, {tuple(wanted)} in {CONFIG}")
+    setattr(model, _DIGESTS, read.digests)
     return model, set(report["missing_keys"]), set(report["unexpected_keys"])
 
 
-def own_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with what transformers left mapped from its files copied: those may be removed or cut from then on.
+def file_digests(model: PreTrainedModel) -> Mapping[str, str]:
+    """The sha256 in hex of each weight file as `load_model` read it, by its name in the model's directory."""
+    digests: Mapping[str, str] = getattr(model, _DIGESTS)
+    return digests
 
-    Reading mapped memory behind a file's new end kills the process. torch does not tell such memory from other, so
-    that all on the CPU is copied, one tensor at a time.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
-    return model
+
+def _reading_dtype(skeleton: PreTrainedModel, dtype: torch.dtype | str) -> torch.dtype | None:
+    """What weights are turned into while they are read; None where transformers has to choose for each of them."""
+    some_stay_wide = skeleton._keep_in_fp32_modules or skeleton._keep_in_fp32_modules_strict
+    return dtype if isinstance(dtype, torch.dtype) and not some_stay_wide else None
+
+
+def _name(model: PreTrainedModel, directory: Path) -> None:
+    """Tell a model what `from_pretrained` tells one whose directory it reads by itself: its name, how it generates."""
+    model.name_or_path = model.config.name_or_path = str(directory)
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory, trust_remote_code=False)
+    except OSError:  # older models have these settings in config.json
+        model.generation_config = GenerationConfig.from_pretrained(
+            directory, CONFIG, trust_remote_code=False, _from_model_config=True
+        )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

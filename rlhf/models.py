@@ -25,7 +25,7 @@ from transformers import (
 from rlhf.config import TinyModelConfig
 from rlhf.errors import PrerequisiteError
 from rlhf.gptj import use_fused_attention
-from rlhf.model_files import load_model, open_config, own_memory
+from rlhf.model_files import load_model, open_config
 from rlhf.prompt import PROMPT_VERSION
 from rlhf.weights import StoredTensor
 
@@ -45,7 +45,7 @@ def load_policy(
         raise PrerequisiteError(f"{path} is a reward model, not a language model: it has {REWARD_HEAD}")
     _require_all_weights(path, missing, "a language model")
     use_fused_attention(model)
-    return own_memory(model.to(device)).eval()
+    return model.to(device).eval()
 
 
 def load_reward_model(
@@ -61,7 +61,7 @@ def load_reward_model(
     model, missing, _ = load_model(AutoModelForSequenceClassification, Path(path), config, stored, dtype)
     _require_all_weights(path, missing, "a reward model")
     use_fused_attention(model)
-    return own_memory(model.to(device)).eval()
+    return model.to(device).eval()
 
 
 def create_tiny_gptj(
@@ -114,7 +114,7 @@ def reward_model_from_policy(policy_path: str | Path, *, seed: int) -> PreTraine
         model.score.weight.normal_(0.0, (config.hidden_size + 1) ** -0.5, generator=generator)
     stamp_prompt_version(model)
     use_fused_attention(model)
-    return own_memory(model).eval()
+    return model.eval()
 
 
 def score_shift(model: PreTrainedModel) -> float:

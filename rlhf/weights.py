@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf.errors import PrerequisiteError
 from rlhf.quoting import shown
@@ -158,15 +159,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError(f"it has {size} bytes, too few for its header")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER_BYTES}")
-            return parse_header(file.read(length), data_bytes=size - 8 - length)
+            return read_start(file)[1]
     except (OSError, ValueError) as error:
         raise PrerequisiteError(f"{path} is not a safetensors file: {error}; {REMEDY}") from error
+
+
+def read_start(file: BinaryIO) -> tuple[bytes, dict[str, StoredTensor]]:
+    """A safetensors file's bytes up to its tensors, and what they say; the file then stands at the first tensor.
+
+    Raises ValueError saying what is wrong with its header or its length, and OSError.
+    """
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"it has {size} bytes, too few for its header")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER_BYTES}")
+    text = file.read(length)
+    return prefix + text, parse_header(text, data_bytes=size - 8 - length)
 
 
 def parse_header(text: bytes, *, data_bytes: int) -> dict[str, StoredTensor]:
