@@ -1,6 +1,6 @@
-"""Token ids to batches: examples of similar length together, padded on the right to the longest.
+"""Token ids to batches: examples of similar length together; those of SFT packed without padding.
 
-Shapes: B rows of a batch, T tokens, K positions whose next token counts in the loss.
+Shapes: K tokens that are kept, whose next token counts in the loss; B rows of a padded batch, T tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,12 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Comparison, Example
 from rlhf.errors import DataError
+from rlhf.packing import Packed, pack
 from rlhf.prompt import encode_prompt
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of a token that does not count, as in transformers and torch."""
 
 POOL_BATCHES = 50
 """Batches sorted by length together: enough that lengths are alike, few enough that order stays random."""
@@ -126,6 +124,7 @@ class LengthGroupedSampler(Sampler[int]):
             longest = int(self.lengths[batches].max(axis=1).argmax())
             batches[[0, longest]] = batches[[longest, 0]]
         rest = shuffled[complete:]
+        rest = rest[np.argsort(self.lengths[rest], kind="stable")]  # so that its micro-batches are of like length, too
         yield from (int(index) for index in (*batches.reshape(-1), *rest))
 
     def _similar_batches(self, indices: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -156,38 +155,36 @@ def pad_right(rows: Sequence[TokenIds], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class ExampleCollator:
-    """Makes batches for the language-model loss.
+class ExampleBatch:
+    """Sequences without their last token; targets_K are the tokens that follow the kept ones.
 
-    `labels` are the ids where they count and IGNORED elsewhere: on the summary and EOS, or on the whole
-    text. `logits_to_keep` lists the K positions whose next token counts in some row: only there does the
-    model have to spell out its vocabulary.
+    tokens is the sequences' length, that last token included.
     """
 
-    pad_id: int
-    loss_on: Literal["summary", "all"] = "summary"
+    packed: Packed
+    targets_K: Tensor
+    tokens: int
 
-    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
-        """One batch."""
-        rows = [np.concatenate((example.prompt, example.response)) for example in examples]
-        ids_BT, mask_BT = pad_right(rows, self.pad_id)
-        labels_BT = ids_BT.masked_fill(mask_BT == 0, IGNORED)
-        if self.loss_on == "summary":
-            for index, example in enumerate(examples):
-                labels_BT[index, : len(example.prompt)] = IGNORED
-        keep_K = (labels_BT[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
-        return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT, "logits_to_keep": keep_K}
+    @property
+    def counted(self) -> int:
+        """How many tokens count in the loss."""
+        return len(self.targets_K)
+
+    def to(self, device: torch.device | str) -> ExampleBatch:
+        """On another device."""
+        return replace(self, packed=self.packed.to(device), targets_K=self.targets_K.to(device))
 
 
-@dataclass(frozen=True)
-class PairCollator:
-    """Makes batches of B pairs in 2B rows: first the chosen ones, then the rejected ones in the same order."""
+def pack_examples(examples: Sequence[EncodedExample], *, loss_on: Literal["summary", "all"]) -> ExampleBatch:
+    """A batch for the language-model loss: on the summary and EOS, or on the whole text.
 
-    pad_id: int
-
-    def __call__(self, pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
-        """One batch."""
-        rows = [np.concatenate((pair.prompt, pair.chosen)) for pair in pairs]
-        rows += [np.concatenate((pair.prompt, pair.rejected)) for pair in pairs]
-        ids_BT, mask_BT = pad_right(rows, self.pad_id)
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+    The first token of a sequence is predicted from nothing and never counts.
+    """
+    rows = [np.concatenate((example.prompt, example.response)) for example in examples]
+    starts = [1 if loss_on == "all" else max(1, len(example.prompt)) for example in examples]
+    targets = [row[start:] for row, start in zip(rows, starts, strict=True)]
+    return ExampleBatch(
+        packed=pack([row[:-1].tolist() for row in rows], keep=[len(target) for target in targets]),
+        targets_K=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        tokens=sum(map(len, rows)),
+    )

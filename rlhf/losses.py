@@ -1,7 +1,8 @@
 """The losses of the reward model and of PPO, and the log-probabilities they are built from.
 
 Shapes: B batch, T token, R response token, V vocabulary. Masks are True where an entry counts.
-SFT needs nothing here: transformers computes the causal loss from labels, -100 where a token does not count.
+SFT needs nothing here: its loss is the negative of `vocabulary.choice_logprobs`. The functions of log-probabilities
+here are the plain ones, which it is held against.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from rlhf.saver import Saver
 from rlhf.stopping import StopSignal
 from rlhf.telemetry import Metrics, Progress
 from rlhf.training_checkpoint import load_training, publish_final, save_training
-from rlhf.training_setup import Batch, Learner, Plan, Session, Task, Window, build_learner
+from rlhf.training_setup import Learner, Plan, Session, Task, Window, build_learner
 from rlhf.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -149,13 +149,11 @@ def optimise(session: Session, parts: Sequence[Sequence[int]]) -> Step:
     An empty one is made up for by the first example, which then does not count: all processes take part alike.
     """
     task, learner, started = session.task, session.learner, time.monotonic()
-    batches = [to_device(task.collate([task.examples[index] for index in part or [0]]), learner) for part in parts]
-    counts = [
-        torch.stack((task.count(batch), batch["attention_mask"].sum())) * bool(part)
-        for part, batch in zip(parts, batches, strict=True)
-    ]
-    items, tokens = learner.total(torch.stack(counts).sum(dim=0)).tolist()
-    loss = torch.zeros((), device=learner.accelerator.device)
+    device = learner.accelerator.device
+    batches = [task.collate([task.examples[index] for index in part or [0]]).to(device) for part in parts]
+    counts = [(batch.counted, batch.tokens) if part else (0, 0) for part, batch in zip(parts, batches, strict=True)]
+    items, tokens = learner.total(torch.tensor(counts).sum(dim=0)).tolist()
+    loss = torch.zeros((), device=device)
     learner.network.train()
     for number, (part, batch) in enumerate(zip(parts, batches, strict=True), start=1):
         with learner.strategy.micro_batch(last=number == len(parts)):
@@ -249,8 +247,3 @@ def leave(session: Session) -> NoReturn:
     raise StopRequested(
         f"stopped on request; step {learner.saved_step} of {total} is saved: run the same command again to continue"
     )
-
-
-def to_device(batch: Batch, learner: Learner) -> Batch:
-    """The batch where the model is."""
-    return {key: tensor.to(learner.accelerator.device) for key, tensor in batch.items()}

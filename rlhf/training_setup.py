@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +28,6 @@ from rlhf.sharding import Share, Strategy, make_accelerator, shards_weights, spr
 from rlhf.shares import check_training_shares
 from rlhf.telemetry import Metrics, Progress
 
-Batch = dict[str, Tensor]
 Interrupted = Callable[[], bool]
 """Whether to break off, the same on all processes; to be asked before each batch, by all of them."""
 
@@ -61,15 +60,33 @@ def plan_training(section: SftConfig | RewardConfig, *, name: str, examples: int
     return Plan(accumulation, epoch_steps, total_steps=min(steps, section.max_steps or steps))
 
 
+class Batch(Protocol):
+    """What a micro-batch is to the loop."""
+
+    @property
+    def counted(self) -> int:
+        """How many items its loss is the sum of."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens its sequences have."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """On another device."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a stage wants trained.
 
-    source loads what the stage started from, for adapters to be merged into. loss gives the summed loss of a batch's
-    counted items, count their number: the loss of a step is the sum over all its micro-batches and processes divided
-    by their number. evaluate measures the model on held-out data, with metrics under `<stage>/`; None when it was
-    interrupted. finish does what is left once training is over, and gives what stands in metrics.json, from the last
-    evaluation; None when it was interrupted.
+    source loads what the stage started from, for adapters to be merged into. collate makes a micro-batch of examples,
+    loss gives the summed loss of its counted items: the loss of a step is the sum over all its micro-batches and
+    processes divided by their number. evaluate measures the model on held-out data, with metrics under `<stage>/`;
+    None when it was interrupted. finish does what is left once training is over, and gives what stands in
+    metrics.json, from the last evaluation; None when it was interrupted.
     """
 
     section: SftConfig | RewardConfig
@@ -77,8 +94,7 @@ class Task:
     source: Callable[[], PreTrainedModel]
     examples: Sequence[EncodedExample] | Sequence[EncodedPair]
     collate: Callable[[Sequence[Any]], Batch]
-    count: Callable[[Batch], Tensor]
-    loss: Callable[[nn.Module, Batch], Tensor]
+    loss: Callable[[nn.Module, Any], Tensor]
     evaluate: Callable[[Interrupted], dict[str, float] | None]
     finish: Callable[[dict[str, float], Interrupted], dict[str, Any] | None]
 

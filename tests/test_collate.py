@@ -1,14 +1,13 @@
-"""Batches, labels and order, written out by hand; and the learning-rate curve."""
+"""Batches, what counts in them and order, written out by hand; and the learning-rate curve."""
 
 import numpy as np
 import pytest
 
 from rlhf.collate import (
     EncodedExample,
-    EncodedPair,
-    ExampleCollator,
+    ExampleBatch,
     LengthGroupedSampler,
-    PairCollator,
+    pack_examples,
     pair_id,
     token_ids,
 )
@@ -17,42 +16,35 @@ from rlhf.data import Comparison
 from rlhf.prompt import Post
 from rlhf.schedule import learning_rate_factor
 
-PAD, EOS = 0, 9
+EOS = 9
 
 
 def example(prompt, response):
     return EncodedExample("post", prompt=token_ids(prompt), response=token_ids(response))
 
 
-def test_labels_cover_summary_and_eos_only():
-    batch = ExampleCollator(pad_id=PAD)([example([1, 2, 3], [4, EOS]), example([5], [6, EOS])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, EOS], [5, 6, EOS, PAD, PAD]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, -100, 4, EOS], [-100, 6, EOS, -100, -100]]
-    assert batch["logits_to_keep"].tolist() == [0, 1, 2, 3]
+def kept_ids(batch: ExampleBatch) -> list[int]:
+    ids: list[int] = batch.packed.pick(batch.packed.ids_N).tolist()
+    return ids
 
 
-def test_logits_are_kept_only_where_some_next_token_counts():
-    batch = ExampleCollator(pad_id=PAD)([example([1, 2, 3, 3], [4, EOS]), example([5, 5, 5], [EOS])])
-    # Labels stand at positions 4, 5 and 3; each is predicted one position earlier.
-    assert batch["logits_to_keep"].tolist() == [2, 3, 4]
+def test_what_counts_is_the_summary_and_eos() -> None:
+    batch = pack_examples([example([1, 2, 3], [4, EOS]), example([5], [6, EOS])], loss_on="summary")
+    assert batch.packed.ids_N.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.packed.positions_N.tolist() == [0, 1, 2, 3, 0, 1]
+    # Read where a token is chosen: 4 after 3, EOS after 4.
+    assert kept_ids(batch) == [3, 4, 5, 6]
+    assert batch.targets_K.tolist() == [4, EOS, 6, EOS]
+    assert (batch.counted, batch.tokens) == (4, 8)
 
 
-def test_loss_on_all_counts_the_prompt_but_no_padding():
-    batch = ExampleCollator(pad_id=PAD, loss_on="all")([example([1, 2], [EOS]), example([5], [EOS])])
-    assert batch["labels"].tolist() == [[1, 2, EOS], [5, EOS, -100]]
-    assert batch["logits_to_keep"].tolist() == [0, 1]
-
-
-def test_pairs_are_stacked_chosen_first():
-    pairs = [
-        EncodedPair("pair", prompt=token_ids([1]), chosen=token_ids([2, EOS]), rejected=token_ids([3, 3, EOS])),
-        EncodedPair("pair", prompt=token_ids([4]), chosen=token_ids([5, EOS]), rejected=token_ids([6, EOS])),
-    ]
-    batch = PairCollator(pad_id=PAD)(pairs)
-    assert batch["input_ids"].tolist() == [[1, 2, EOS, PAD], [4, 5, EOS, PAD], [1, 3, 3, EOS], [4, 6, EOS, PAD]]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 3, 4, 3]
-    assert pairs[0].length == 4
+def test_loss_on_all_counts_the_prompt_but_not_its_first_token() -> None:
+    batch = pack_examples([example([1, 2], [EOS]), example([5], [EOS])], loss_on="all")
+    assert kept_ids(batch) == [1, 2, 5]
+    assert batch.targets_K.tolist() == [2, EOS, EOS]
+    assert (batch.counted, batch.tokens) == (3, 5)
+    # Of a sequence without a prompt the first token is predicted from nothing, too.
+    assert pack_examples([example([], [7, EOS])], loss_on="summary").targets_K.tolist() == [EOS]
 
 
 def test_two_pairs_of_a_post_have_ids_of_their_own():
@@ -88,7 +80,8 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_fewer_examples_than_a_batch_are_one_batch():
-    assert sorted(LengthGroupedSampler([3, 1, 2], batch_size=8, seed=1)) == [0, 1, 2]
+    # The shortest first, so that micro-batches of the step are of like length.
+    assert list(LengthGroupedSampler([3, 1, 2], batch_size=8, seed=1)) == [1, 2, 0]
 
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 0.25), (2, 0.75), (3, 1.0), (7, 0.55), (11, 0.1), (100, 0.1)])

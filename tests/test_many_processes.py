@@ -111,12 +111,11 @@ def test_two_processes_share_a_stage(stage: str, launcher: Launcher, tiny: Tiny)
 ONE_LOSS_IS_NAN = """
 import math
 import rlhf.stages.sft as sft
-real, calls = sft.response_nll, []
-def sick(model, batch):
+real, calls = sft.target_logprobs, []
+def sick(policy, batch):
     calls.append(rank)
-    nll_B, tokens_B = real(model, batch)
-    return nll_B * (math.nan if calls == [1, 1, 1] else 1.0), tokens_B
-sft.response_nll = sick
+    return real(policy, batch) * (math.nan if calls == [1, 1, 1] else 1.0)
+sft.target_logprobs = sick
 options = rlhf.__main__.build_parser().parse_args(arguments)
 return options.command(options), ""
 """

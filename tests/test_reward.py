@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.checkpoint import StageDir
-from rlhf.collate import PairCollator
 from rlhf.data import Comparison, load_comparisons, load_examples
 from rlhf.errors import DataError, DivergedError, StopRequested
 from rlhf.models import load_reward_model
@@ -78,6 +77,8 @@ def test_bottom_blocks_and_embeddings_stay_as_sft_left_them(finished):
     before = load_file(finished / "sft" / "final" / "model.safetensors")
     after = load_file(finished / "reward" / "final" / "model.safetensors")
     for name in before.keys() & after.keys():
+        if name == "transformer.ln_f.bias":
+            continue  # it adds the same to both scores, so that its gradient is nothing, or rounding
         frozen = name.startswith(("transformer.wte", "transformer.h.0."))
         assert torch.equal(before[name], after[name]) == frozen, name
     assert after["score.weight"].shape == (1, 32)
@@ -134,10 +135,10 @@ def test_pairs_of_a_bad_step_are_noted_by_post_and_pair(tmp_path, monkeypatch):
 def test_scores_that_are_not_finite_end_the_training(finished):
     model = load_reward_model(StageDir(finished, "reward").final())
     torch.nn.init.constant_(model.score.weight, float("nan"))
-    reward.score_every_position(model)
+    reward.take_batches(model)
     rows = load_comparisons(finished / "fetch" / "final" / "data", "valid")
     held_out = reward.encode_pairs(byte_tokenizer(), rows, tiny_config().prompt)
-    evaluation = reward.Evaluation(model, PairCollator(pad_id=257), held_out, size=4)
+    evaluation = reward.Evaluation(model, held_out, size=4)
     with pytest.raises(DivergedError, match="held-out scores are not finite"):
         evaluation(lambda: False)
     assert evaluation(lambda: True) is None
@@ -161,12 +162,6 @@ def test_pairs_equal_once_cut_are_left_out_and_eos_stays_last():
     assert len(encoded[0][1].rejected) == 10
     with pytest.raises(DataError, match="none of 1 comparisons"):
         reward.encode_pairs(tokenizer, [same], settings)
-
-
-def test_score_at_the_end_is_that_of_the_last_counted_token():
-    scores_BT = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    mask_BT = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert reward.scores_at_end(scores_BT, mask_BT).tolist() == [2.0, 6.0]
 
 
 def test_metrics_of_four_pairs_worked_out_by_hand():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from rlhf import training
 from rlhf.checkpoint import StageDir
-from rlhf.collate import ExampleCollator, LengthGroupedSampler, micro_batches
+from rlhf.collate import LengthGroupedSampler, micro_batches
 from rlhf.data import load_examples
 from rlhf.errors import DivergedError, PrerequisiteError, StopRequested
 from rlhf.replicas import Replicas
@@ -362,4 +362,3 @@ def test_no_example_is_without_an_id(fetched: Path) -> None:
     examples = load_examples(fetched / "fetch" / "final" / "data", "train")
     encoded = encode_examples(byte_tokenizer(), examples, prompt=CONFIG.prompt)
     assert [one.id for one in encoded] == [one.post.id for one in examples]
-    assert ExampleCollator(pad_id=257)(encoded[:2])["input_ids"].shape[0] == 2

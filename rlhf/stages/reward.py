@@ -3,7 +3,8 @@
 Bottom blocks and embeddings stay as SFT left them. Held-out accuracy is reported beside what "the longer one
 wins" would give, and with how well the model knows when it is right.
 
-Shapes: B pairs of a batch (2B rows, chosen first), T token, N held-out pairs.
+Shapes: P pairs of a batch, B summaries (2P, the chosen first), K scores that are read, R response columns, T columns of
+prompt and response, N held-out pairs.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import StageDir
-from rlhf.collate import EncodedPair, PairCollator, pair_id, token_ids
+from rlhf.collate import EncodedPair, pair_id, token_ids
 from rlhf.config import Config, PromptConfig
 from rlhf.data import Comparison, Example, load_comparisons, load_examples
 from rlhf.errors import ConfigError, DataError, DivergedError
+from rlhf.forward import hidden_states
+from rlhf.gptj import is_gptj
 from rlhf.lora import adapt
 from rlhf.losses import pairwise_divergent_loss, pairwise_last_loss
 from rlhf.models import REWARD_HEAD, freeze_bottom, load_reward_model, reward_model_from_policy
+from rlhf.pair_batches import DivergentPairs, PaddedPairs, PairBatch, pack_divergent, pack_pairs, pad_pairs
 from rlhf.preference import Pairs, preference_metrics
 from rlhf.prompt import encode_prompt, encode_response
 from rlhf.runtime import from_first, prepare_runtime, torch_dtype
-from rlhf.scoring import Scorer, token_scores
+from rlhf.scoring import Scorer, read_scores, token_scores
 from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
 from rlhf.training import train
@@ -65,20 +69,18 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     start = from_first(stage.latest)
     fresh = functools.partial(reward_model_from_policy, policy, seed=config.seed)
     model = build_model(config, fresh, start[1] if start else None, accelerator.device)
-    score_every_position(model)
+    take_batches(model)
 
     # 3. Train, look at the held-out pairs, shift the scores, publish.
-    collate = PairCollator(pad_id=tokenizer.pad_token_id)
     scorer = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=config.prepare.batch_tokens)
-    evaluation = Evaluation(model, collate, held_out, size=config.reward.micro_batch_size)
+    evaluation = Evaluation(model, held_out, size=config.reward.micro_batch_size)
     task = Task(
         section=config.reward,
         model=model,
         source=fresh,
         examples=pairs,
-        collate=collate,
-        count=counted_pairs,
-        loss=functools.partial(pair_loss, kind=config.reward.loss),
+        collate=collator(model, config.reward.loss, pad_id=tokenizer.pad_token_id),
+        loss=pair_loss,
         evaluate=evaluation,
         finish=lambda _, interrupted: shift_scores(model, scorer, references, evaluation, interrupted),
     )
@@ -140,33 +142,42 @@ def encode_pairs(
     return encoded
 
 
-def counted_pairs(batch: Batch) -> Tensor:
-    """How many pairs a batch holds."""
-    return batch["input_ids"].new_tensor(len(batch["input_ids"]) // 2)
+def collator(
+    model: PreTrainedModel, loss: Literal["last", "divergent"], *, pad_id: int
+) -> Callable[[Sequence[EncodedPair]], Batch]:
+    """Makes the batches of this loss for this model."""
+    if loss == "last":
+        return pack_pairs
+    return functools.partial(pack_divergent if is_gptj(model.base_model) else pad_pairs, pad_id=pad_id)
 
 
-def pair_loss(model: nn.Module, batch: Batch, *, kind: Literal["last", "divergent"]) -> Tensor:
-    """Bradley-Terry, summed over the batch's pairs."""
-    ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
-    scores_BT = model(ids_BT, mask_BT)
-    if kind == "last":
-        mean = pairwise_last_loss(*scores_at_end(scores_BT, mask_BT).chunk(2))
-    else:
-        mean = pairwise_divergent_loss(*scores_BT.chunk(2), *ids_BT.chunk(2), *mask_BT.chunk(2))
-    return mean * (len(ids_BT) // 2)
+def pair_loss(model: nn.Module, batch: PairBatch | DivergentPairs | PaddedPairs) -> Tensor:
+    """Bradley-Terry, summed over the batch's pairs: on the last scores, or in the other batches divergent."""
+    scores: Tensor = model(batch)
+    match batch:
+        case PairBatch():
+            mean = pairwise_last_loss(*scores.unflatten(0, (-1, 2)).unbind(dim=1))
+        case DivergentPairs():
+            scores_BR = scores[batch.read_BR]
+            mean = pairwise_divergent_loss(*scores_BR.chunk(2), *batch.ids_BR.chunk(2), *batch.mask_BR.chunk(2))
+        case PaddedPairs():
+            mean = pairwise_divergent_loss(*scores.chunk(2), *batch.ids_BT.chunk(2), *batch.mask_BT.chunk(2))
+    return mean * batch.counted
 
 
-def score_every_position(model: PreTrainedModel) -> None:
-    """Make the model's forward give token_scores.
+def take_batches(model: PreTrainedModel) -> None:
+    """Make the model's forward give batch_scores.
 
-    The loss needs them, and what wraps a model for training (DDP, DeepSpeed, autocast) sees forward alone.
+    What wraps a model for training (DDP, DeepSpeed, autocast) sees forward alone.
     """
-    model.forward = functools.partial(token_scores, model)
+    model.forward = functools.partial(batch_scores, model)
 
 
-def scores_at_end(scores_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The score at the last counted token of rows padded on the right: scores_B."""
-    return scores_BT.gather(1, mask_BT.sum(dim=1, keepdim=True) - 1).squeeze(1)
+def batch_scores(model: PreTrainedModel, batch: PairBatch | DivergentPairs | PaddedPairs) -> Tensor:
+    """Raw scores with gradients: scores_K of the kept tokens, or of padded rows scores_BT."""
+    if isinstance(batch, PaddedPairs):
+        return token_scores(model, batch.ids_BT, batch.mask_BT)
+    return read_scores(model, hidden_states(model.base_model, batch.packed))
 
 
 class Evaluation:
@@ -175,12 +186,11 @@ class Evaluation:
     def __init__(
         self,
         model: PreTrainedModel,
-        collate: PairCollator,
         held_out: Sequence[tuple[Comparison, EncodedPair]],
         *,
         size: int,
     ) -> None:
-        self.model, self.collate, self.size = model, collate, size
+        self.model, self.size = model, size
         self.encoded = [pair for _, pair in held_out]
         comparisons = [comparison for comparison, _ in held_out]
         self.pairs = Pairs(
@@ -212,10 +222,8 @@ class Evaluation:
 
     def _scores(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """A row a pair: the raw scores of chosen and rejected."""
-        batch = {key: tensor.to(self.model.device) for key, tensor in self.collate(pairs).items()}
-        scores_BT = self.model(batch["input_ids"], batch["attention_mask"])
-        scores_2B = scores_at_end(scores_BT, batch["attention_mask"]).float()
-        return torch.stack(scores_2B.chunk(2), dim=1)
+        scores_K: Tensor = self.model(pack_pairs(pairs).to(self.model.device))
+        return scores_K.unflatten(0, (-1, 2))
 
 
 def known(values: Iterable[float | None]) -> NDArray[np.float64]:

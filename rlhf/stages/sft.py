@@ -3,7 +3,7 @@
 Loss on the summary and EOS; batches of similar length; ROUGE of summaries that the model generates, never of
 teacher-forced tokens.
 
-Shapes: B batch, T token, K positions whose next token counts, V vocabulary.
+Shapes: B sequences, K tokens that are kept, whose next token counts.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import StageDir
-from rlhf.collate import IGNORED, EncodedExample, ExampleCollator, fitting_posts, token_ids
+from rlhf.collate import EncodedExample, ExampleBatch, fitting_posts, pack_examples, token_ids
 from rlhf.config import Config, PromptConfig
 from rlhf.data import Example, load_examples
 from rlhf.errors import DivergedError
+from rlhf.forward import token_logits
 from rlhf.generation import BuiltinEngine, Sampling
 from rlhf.lora import adapt
 from rlhf.models import load_policy, stamp_prompt_version
@@ -37,7 +38,8 @@ from rlhf.stopping import StopSignal
 from rlhf.tokenizer import load_tokenizer
 from rlhf.training import train
 from rlhf.training_eval import held_out_rows
-from rlhf.training_setup import Batch, Interrupted, Task, accelerator_for, plan_training
+from rlhf.training_setup import Interrupted, Task, accelerator_for, plan_training
+from rlhf.vocabulary import choice_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +73,17 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
             start=start[1] if start else None,
         )
     stamp_prompt_version(model)
+    take_batches(model)
 
     # 3. Train, evaluate, publish.
-    collate = ExampleCollator(pad_id=tokenizer.pad_token_id, loss_on=config.sft.loss_on)
     task = Task(
         section=config.sft,
         model=model,
         source=base,
         examples=examples,
-        collate=collate,
-        count=counted_tokens,
-        loss=lambda model, batch: response_nll(model, batch)[0].sum(),
-        evaluate=Evaluation(config, tokenizer, model, collate, valid, valid_examples),
+        collate=partial(pack_examples, loss_on=config.sft.loss_on),
+        loss=lambda model, batch: -model(batch).sum(),
+        evaluate=Evaluation(config, tokenizer, model, valid, valid_examples),
         finish=lambda measured, _: measured,
     )
     train(task, plan, accelerator, config=config, stage=stage, tokenizer=tokenizer, start=start, stop=stop)
@@ -102,23 +103,25 @@ def encode_examples(
     return encoded
 
 
-def counted_tokens(batch: Batch) -> Tensor:
-    """How many tokens of a batch count in the loss; the first of a row is predicted from nothing and never does."""
-    return (batch["labels"][:, 1:] != IGNORED).sum()
+def take_batches(policy: PreTrainedModel) -> None:
+    """Make the policy's forward give target_logprobs where it gets a batch; otherwise it does what it did.
+
+    What wraps a model for training (DDP, DeepSpeed, autocast) sees forward alone, and generation needs it as it was.
+    """
+    plain = policy.forward
+
+    @wraps(plain)  # transformers reads the signature
+    def forward(*inputs: Any, **named: Any) -> Any:
+        if inputs and isinstance(inputs[0], ExampleBatch):
+            return target_logprobs(policy, inputs[0])
+        return plain(*inputs, **named)
+
+    policy.forward = forward
 
 
-def response_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood in nats of each row's counted tokens, summed, and their number: nll_B, tokens_B."""
-    keep_K = batch["logits_to_keep"]
-    logits_BKV = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=keep_K,
-        use_cache=False,
-    ).logits.float()
-    targets_BK = batch["labels"][:, keep_K + 1]
-    nll = F.cross_entropy(logits_BKV.flatten(0, 1), targets_BK.flatten(), ignore_index=IGNORED, reduction="none")
-    return nll.view_as(targets_BK).sum(dim=1), (targets_BK != IGNORED).sum(dim=1)
+def target_logprobs(policy: PreTrainedModel, batch: ExampleBatch) -> Tensor:
+    """Log-probability in nats of each token that counts, sequence by sequence: logprobs_K, float32, with gradients."""
+    return choice_logprobs(token_logits(policy, batch.packed), batch.targets_K)[0]
 
 
 class Evaluation:
@@ -129,11 +132,10 @@ class Evaluation:
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
-        collate: ExampleCollator,
         valid: Sequence[EncodedExample],
         examples: Sequence[Example],
     ) -> None:
-        self.config, self.tokenizer, self.model, self.collate, self.valid = config, tokenizer, model, collate, valid
+        self.config, self.tokenizer, self.model, self.valid = config, tokenizer, model, valid
         self.prompts: list[list[int]] = []
         self.references: list[str] = []
         for example in examples:
@@ -163,9 +165,10 @@ class Evaluation:
         return metrics | {"sft/eval_response_tokens": float(np.mean(lengths)), "sft/eval_ended": float(np.mean(ended))}
 
     def _nll_and_tokens(self, examples: Sequence[EncodedExample]) -> Tensor:
-        batch = {key: tensor.to(self.model.device) for key, tensor in self.collate(examples).items()}
-        nll_B, tokens_B = response_nll(self.model, batch)
-        return torch.stack((nll_B, tokens_B.float()), dim=1)
+        batch = pack_examples(examples, loss_on=self.config.sft.loss_on).to(self.model.device)
+        logprobs_K: Tensor = self.model(batch)
+        counts_B = batch.packed.kept_mask().sum(dim=1)
+        return torch.stack((-batch.packed.per_sequence(logprobs_K).sum(dim=1), counts_B), dim=1)
 
     def _summaries(self, interrupted: Interrupted) -> tuple[list[str], list[int], list[bool]] | None:
         """Greedy summaries of the posts, their lengths in tokens and whether they ended; None when interrupted."""
