@@ -53,8 +53,10 @@ class QueueLimits:
 class JobQueue:
     """Jobs waiting for one model; the event loop fills it, the model's thread empties it."""
 
-    def __init__(self, *, model: str, limits: QueueLimits, metrics: Metrics) -> None:
+    def __init__(self, *, model: str, limits: QueueLimits, metrics: Metrics, padded: bool) -> None:
+        """padded: whether the model computes the jobs of a batch side by side, each as long as the longest."""
         self._loop = asyncio.get_running_loop()
+        self._padded = padded
         self._model = model
         self._limits = limits
         self._metrics = metrics
@@ -85,7 +87,7 @@ class JobQueue:
         with self._lock:
             if count >= 1:
                 self._waiting.take_if(lambda job: job.abandoned)
-            jobs = self._waiting.take(count=count, tokens=self._limits.batch_tokens)
+            jobs = self._waiting.take(count=count, tokens=self._limits.batch_tokens, padded=self._padded)
             waiting = len(self._waiting)
         now = time.monotonic()
         self._metrics.set_waiting(self._model, waiting)
@@ -152,7 +154,7 @@ class GenerationQueue:
         self._model = model
         self._batch = batch
         self._metrics = metrics
-        self._queue = JobQueue(model=model, limits=limits, metrics=metrics)
+        self._queue = JobQueue(model=model, limits=limits, metrics=metrics, padded=True)
         self._joining: list[Job] = []
         self._running: dict[int, Job] = {}
         self._next_key = 0
@@ -238,14 +240,14 @@ class GenerationQueue:
 
 
 class ScoringQueue:
-    """Scores by the reward model, in batches of like length over all callers."""
+    """Scores by the reward model, in batches over all callers; the scorer computes a prompt once for its summaries."""
 
     def __init__(self, scorer: Scorer, *, model: str, limits: QueueLimits, metrics: Metrics) -> None:
         """Call it in the event loop."""
         self._model = model
         self._scorer = scorer
         self._metrics = metrics
-        self._queue = JobQueue(model=model, limits=limits, metrics=metrics)
+        self._queue = JobQueue(model=model, limits=limits, metrics=metrics, padded=False)
         self._running: list[Job] = []
         self.worker = Worker(name=f"score-{model}", turn=self._turn, on_death=self._die)
         self.worker.start()

@@ -1,7 +1,7 @@
 """Work that waits for a model, and whose turn it is.
 
 Calls take turns: from a call of 200 posts and one of a single post, the single one is served second, not 201st.
-What is batched together is of like length, so that little is computed for padding.
+What is batched with padding is of like length, so that little is computed for it.
 """
 
 from __future__ import annotations
@@ -97,25 +97,16 @@ class FairQueue:
         self._tokens += cost
         self._count += len(jobs)
 
-    def take(self, *, count: int, tokens: int) -> list[Job]:
-        """The job whose turn it is, and as many of like length as fit; they leave the queue.
+    def take(self, *, count: int, tokens: int, padded: bool = True) -> list[Job]:
+        """The job whose turn it is, and as many as fit into its batch; they leave the queue.
 
-        tokens bounds the batch with its padding, where equal prompts count once; the first job is taken always.
+        padded: those of like length, and tokens bounds the batch with its padding, where equal prompts count once.
+        Else those whose turn comes next, so that what a call has to say of one post stays together; tokens bounds
+        what they are long. The first job is taken always.
         """
         if not self._count or count < 1:
             return []
-        first, *others = islice(self._in_turn(), LOOK_AHEAD)
-        others.sort(key=lambda job: abs(len(job.ids) - len(first.ids)))
-        chosen, distinct, width = [first], {id(first.ids)}, len(first.ids)
-        for job in others:
-            if len(chosen) == count:
-                break
-            wider = max(width, len(job.ids))
-            more = distinct | {id(job.ids)}
-            if wider * len(more) > tokens:
-                break
-            chosen.append(job)
-            distinct, width = more, wider
+        chosen = self._alike(count, tokens) if padded else self._next(count, tokens)
         for job in chosen:
             self._remove(job)
         for call in dict.fromkeys(job.call for job in chosen):
@@ -129,6 +120,31 @@ class FairQueue:
         for job in found:
             self._remove(job)
         return found
+
+    def _alike(self, count: int, tokens: int) -> list[Job]:
+        first, *others = islice(self._in_turn(), LOOK_AHEAD)
+        others.sort(key=lambda job: abs(len(job.ids) - len(first.ids)))
+        chosen, distinct, width = [first], {id(first.ids)}, len(first.ids)
+        for job in others:
+            if len(chosen) == count:
+                break
+            wider = max(width, len(job.ids))
+            more = distinct | {id(job.ids)}
+            if wider * len(more) > tokens:
+                break
+            chosen.append(job)
+            distinct, width = more, wider
+        return chosen
+
+    def _next(self, count: int, tokens: int) -> list[Job]:
+        chosen: list[Job] = []
+        filled = 0
+        for job in islice(self._in_turn(), count):
+            filled += len(job.ids)
+            if chosen and filled > tokens:
+                break
+            chosen.append(job)
+        return chosen
 
     def _in_turn(self) -> Iterator[Job]:
         """Every call's first job, then every call's second, and so on."""

@@ -85,10 +85,10 @@ async def score(
     items = await encode
     errors.raise_any()
 
-    sequences = [item.sequence for item in items] + [item.reference for item in items if item.reference is not None]
+    # A reference right after its summary: near each other in the queue, they are read with one prompt.
+    sequences = [ids for item in items for ids in (item.sequence, item.reference) if ids is not None]
     in_tokens = any(item.post is None for item in items)
-    scores = await score_sequences(served, sequences, call=object(), accepted=False, allow_nonfinite=in_tokens)
-    references = iter(scores[len(items) :])
+    scores = iter(await score_sequences(served, sequences, call=object(), accepted=False, allow_nonfinite=in_tokens))
     info = served.reward.info
     return ScoreAnswer(
         id=request_id,
@@ -96,7 +96,7 @@ async def score(
         step=info.step,
         checksum=info.checksum,
         results=[
-            item.result(index, scores[index], None if item.reference is None else next(references))
+            item.result(index, next(scores), None if item.reference is None else next(scores))
             for index, item in enumerate(items)
         ],
     )

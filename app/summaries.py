@@ -1,10 +1,10 @@
-"""One call of /summarize: candidates are written, scored as each is done, and the best of each post is given."""
+"""One call of /summarize: candidates are written, scored once a post has all of them, and the best one is given."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -141,8 +141,10 @@ class SummarizeCall:
         job.outcome.add_done_callback(on_end)  # called before whoever awaits the outcome goes on
 
     async def _summary(self, index: int) -> Summary:
-        post, request = self._posts[index], self._request
-        candidates = await _all([self._candidate(post, job) for job in self._jobs[index]])
+        post, request, jobs = self._posts[index], self._request, self._jobs[index]
+        outcomes = await _all([self._written(post, job) for job in jobs])
+        scores = await self._scores(post, outcomes, call=jobs[0].call)
+        candidates = [self._candidate(post, *pair) for pair in zip(outcomes, scores, strict=True)]
         ranked = sorted(candidates, key=lambda candidate: -(candidate.score or 0.0))
         if not request.return_scores:
             ranked = [candidate.model_copy(update={"score": None}) for candidate in ranked]
@@ -154,23 +156,33 @@ class SummarizeCall:
             candidates=ranked if request.return_candidates else None,
         )
 
-    async def _candidate(self, post: EncodedPrompt, job: Job) -> Candidate:
-        metrics, tracer, model = self._served.metrics, self._served.tracer, self._request.model
-        with tracer.span("generate", {"model": model, "prompt_tokens": len(post.ids)}):
-            outcome: Outcome = await job.outcome
-        score = None
-        if self._request.return_scores or self._request.best_of > 1:
-            sequence = [*post.ids, *outcome.tokens]
-            with tracer.span("score"):
-                [score] = await score_sequences(self._served, [sequence], call=job.call, accepted=True)
-            metrics.summary_scored(model, score)
-        finish = outcome.finish
-        metrics.summary_finished(model, finish, prompt_tokens=len(post.ids), generation_tokens=len(outcome.tokens))
+    async def _written(self, post: EncodedPrompt, job: Job) -> Outcome:
+        with self._served.tracer.span("generate", {"model": self._request.model, "prompt_tokens": len(post.ids)}):
+            return await job.outcome
+
+    async def _scores(
+        self, post: EncodedPrompt, outcomes: Sequence[Outcome], *, call: Hashable
+    ) -> Sequence[float | None]:
+        """The score of each candidate of a post, together, so that the prompt is read once; None if nobody asks."""
+        if not self._request.return_scores and self._request.best_of == 1:
+            return [None] * len(outcomes)
+        sequences = [[*post.ids, *outcome.tokens] for outcome in outcomes]
+        with self._served.tracer.span("score", {"candidates": len(outcomes)}):
+            scores = await score_sequences(self._served, sequences, call=call, accepted=True)
+        for score in scores:
+            self._served.metrics.summary_scored(self._request.model, score)
+        return scores
+
+    def _candidate(self, post: EncodedPrompt, outcome: Outcome, score: float | None) -> Candidate:
+        finish, tokens = outcome.finish, len(outcome.tokens)
+        self._served.metrics.summary_finished(
+            self._request.model, finish, prompt_tokens=len(post.ids), generation_tokens=tokens
+        )
         return Candidate(
             summary=decode_response(self._policy.loaded.tokenizer, outcome.tokens),
             score=score,
             finish_reason=finish,
-            completion_tokens=len(outcome.tokens),
+            completion_tokens=tokens,
         )
 
 

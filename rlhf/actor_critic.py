@@ -1,7 +1,8 @@
 """PPO's networks: the policy, its value function and its reference, over a trunk that none of them train.
 
-Shapes: B batch, T token of prompt and response, P prompt token, R response token (T = P + R), H hidden,
-V vocabulary. A row is a left-padded prompt followed by a right-padded response.
+Shapes: S sequences, N tokens of all of them, K tokens that choose the next one of a response, R most of these in a
+sequence, H hidden, V vocabulary. A sequence is a prompt with its response but the last token, after which nothing is
+chosen; its kept tokens (see `packing`) are those before the response's.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from transformers import PreTrainedModel
 
 from rlhf.adapters import adapters_off, add_adapters, cast_frozen
 from rlhf.config import LoraConfig
-from rlhf.losses import token_entropy, token_logprobs
-from rlhf.models import backbone, blocks, position_ids, score_shift, split_backbone
+from rlhf.forward import hidden_states
+from rlhf.models import backbone, blocks, score_shift, split_backbone
+from rlhf.packing import Packed, pack
+from rlhf.vocabulary import choice_logprobs
 
 
 class ActorOutput(NamedTuple):
-    """What a training pass gives for each response token."""
+    """What a training pass gives for each response token, 0 where a sequence has fewer than R."""
 
-    logprobs_BR: Tensor
-    entropy_BR: Tensor  # without gradient: it is only reported
-    values_BR: Tensor
+    logprobs_SR: Tensor
+    entropy_SR: Tensor  # without gradient: it is only reported
+    values_SR: Tensor
 
 
 class ValueHead(nn.Module):
@@ -39,10 +42,10 @@ class ValueHead(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(), nn.Linear(2 * hidden_size, 1))
 
-    def forward(self, hidden_BTH: Tensor) -> Tensor:
+    def forward(self, hidden_KH: Tensor) -> Tensor:
         """One value a position."""
-        with torch.autocast(hidden_BTH.device.type, enabled=False):
-            return self.layers(hidden_BTH.float()).squeeze(-1)
+        with torch.autocast(hidden_KH.device.type, enabled=False):
+            return self.layers(hidden_KH.float()).squeeze(-1)
 
 
 class Branch(nn.Module):
@@ -53,16 +56,14 @@ class Branch(nn.Module):
         self.top = top
         self.lm_head = lm_head
 
-    def hidden(self, trunk_BTH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Final hidden states, from the trunk's; from the ids where the trunk is empty."""
-        inputs = {"input_ids": ids_BT}
-        if trunk_BTH.shape[-1]:
-            inputs = {"inputs_embeds": trunk_BTH.to(self.top.dtype)}
-        return _run(self.top, mask_BT, **inputs)
+    def hidden(self, trunk_NH: Tensor, packed: Packed) -> Tensor:
+        """Final hidden states of the kept tokens, from the trunk's; from the ids where the trunk is empty."""
+        inputs_NH = trunk_NH.to(self.top.dtype) if trunk_NH.shape[-1] else None
+        return hidden_states(self.top, packed, inputs_NH=inputs_NH)
 
-    def logits(self, hidden_BRH: Tensor) -> Tensor:
-        """Next-token logits at the given positions only."""
-        return self.lm_head(hidden_BRH)
+    def logits(self, hidden_KH: Tensor) -> Tensor:
+        """Next-token logits at these positions."""
+        return self.lm_head(hidden_KH)
 
 
 class ActorCritic(nn.Module):
@@ -122,37 +123,38 @@ class ActorCritic(nn.Module):
         else:
             self.value_head = ValueHead(policy.config.hidden_size).to(policy.device)
 
+    @property
+    def trunk_layers(self) -> int:
+        """How many blocks the trunk has."""
+        trunk, _ = self._views
+        return len(blocks(trunk)) if trunk is not None else 0
+
     @torch.no_grad()
-    def trunk_states(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Hidden states at the branch point, to be computed once a rollout; of width 0 without a trunk."""
+    def trunk_states(self, packed: Packed) -> Tensor:
+        """Hidden states at the branch point, trunk_NH, to be computed once a rollout; of width 0 without a trunk."""
         trunk, _ = self._views
         if trunk is None:
-            return torch.empty(*ids_BT.shape, 0, device=ids_BT.device)
-        return _run(trunk, mask_BT, input_ids=ids_BT)
+            return torch.empty(len(packed.ids_N), 0, device=packed.ids_N.device)
+        return hidden_states(trunk, packed.whole())
 
-    def forward(self, trunk_BTH: Tensor, ids_BT: Tensor, mask_BT: Tensor, response_start: int) -> ActorOutput:
-        """Log-probability, entropy and value at each response token, with gradients above the trunk.
+    def forward(self, trunk_NH: Tensor, packed: Packed, tokens_K: Tensor) -> ActorOutput:
+        """Log-probability, entropy and value of each response token, with gradients above the trunk.
 
-        Column r speaks of token ids_BT[:, response_start + r] and reads the hidden state one before it,
-        where that token is chosen.
+        tokens_K are the responses' tokens, each chosen at the kept token of the same number.
         """
         _, branch = self._views
-        choosing = slice(response_start - 1, ids_BT.shape[1] - 1)
-        hidden_BRH = branch.hidden(trunk_BTH, ids_BT, mask_BT)[:, choosing]
-        logits_BRV = branch.logits(hidden_BRH)
-        return ActorOutput(
-            logprobs_BR=token_logprobs(logits_BRV, ids_BT[:, response_start:], temperature=self.temperature),
-            entropy_BR=token_entropy(logits_BRV.detach(), temperature=self.temperature),
-            values_BR=self._values(hidden_BRH, ids_BT, mask_BT, choosing),
-        )
+        hidden_KH = branch.hidden(trunk_NH, packed)
+        logprobs_K, entropy_K = choice_logprobs(branch.logits(hidden_KH), tokens_K, temperature=self.temperature)
+        values_K = self._values(hidden_KH, packed)
+        return ActorOutput(*(packed.per_sequence(found_K) for found_K in (logprobs_K, entropy_K, values_K)))
 
     @torch.no_grad()
-    def reference_logprobs(self, trunk_BTH: Tensor, ids_BT: Tensor, mask_BT: Tensor, response_start: int) -> Tensor:
-        """Log-probability of each response token under the frozen reference."""
+    def reference_logprobs(self, trunk_NH: Tensor, packed: Packed, tokens_K: Tensor) -> Tensor:
+        """Log-probability of each response token under the frozen reference: [S, R]."""
         with self._reference_branch() as reference:
-            hidden_BTH = reference.hidden(trunk_BTH, ids_BT, mask_BT)
-            logits_BRV = reference.logits(hidden_BTH[:, response_start - 1 : -1])
-        return token_logprobs(logits_BRV, ids_BT[:, response_start:], temperature=self.temperature)
+            logits_KV = reference.logits(reference.hidden(trunk_NH, packed))
+        logprobs_K, _ = choice_logprobs(logits_KV, tokens_K, temperature=self.temperature)
+        return packed.per_sequence(logprobs_K)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves: the policy's branch and the value function."""
@@ -168,11 +170,11 @@ class ActorCritic(nn.Module):
         with adapters_off(branch):
             yield branch
 
-    def _values(self, hidden_BRH: Tensor, ids_BT: Tensor, mask_BT: Tensor, choosing: slice) -> Tensor:
+    def _values(self, hidden_KH: Tensor, packed: Packed) -> Tensor:
         if isinstance(self.value_head, ValueHead):
-            return self.value_head(hidden_BRH)
-        hidden_BTH = _run(backbone(self.value_head), mask_BT, input_ids=ids_BT)
-        return self.value_head.score(hidden_BTH[:, choosing]).squeeze(-1).float() - score_shift(self.value_head)
+            return self.value_head(hidden_KH)
+        hidden_KH = hidden_states(backbone(self.value_head), packed)
+        return self.value_head.score(hidden_KH).squeeze(-1).float() - score_shift(self.value_head)
 
     @torch.no_grad()
     def _check_split(self) -> None:
@@ -182,12 +184,12 @@ class ActorCritic(nn.Module):
         as a wrong KL hours later.
         """
         _, branch = self._views
-        ids_BT = torch.arange(4, device=self.policy.device).unsqueeze(0)
-        mask_BT = torch.ones_like(ids_BT)
+        packed = pack([range(4)], keep=4).to(self.policy.device)
+        ids_ST = packed.ids_N.unsqueeze(0)
         was_training = self.policy.training
         self.policy.eval()
-        whole = self.policy(ids_BT, attention_mask=mask_BT, use_cache=False).logits
-        parts = branch.logits(branch.hidden(self.trunk_states(ids_BT, mask_BT), ids_BT, mask_BT))
+        whole = self.policy(ids_ST, attention_mask=torch.ones_like(ids_ST), use_cache=False).logits
+        parts = branch.logits(branch.hidden(self.trunk_states(packed), packed))
         self.policy.train(was_training)
         tolerance = (1e-4 if whole.dtype == torch.float32 else 5e-2) * whole.abs().max()
         if (whole - parts).abs().max() > tolerance:
@@ -195,12 +197,6 @@ class ActorCritic(nn.Module):
                 f"{type(self.policy).__name__} is not the sum of its blocks, norm and head, which PPO here relies "
                 "on; set ppo.unfrozen_layers: all, or choose another model.base"
             )
-
-
-def _run(body: PreTrainedModel, mask_BT: Tensor, **inputs: Tensor) -> Tensor:
-    """Last hidden state of a backbone or a view of one."""
-    output = body(attention_mask=mask_BT, position_ids=position_ids(mask_BT), use_cache=False, **inputs)
-    return output.last_hidden_state
 
 
 def _train_top(policy: PreTrainedModel, top: PreTrainedModel) -> None:

@@ -205,7 +205,7 @@ class RewardConfig(TrainerConfig):
 class PrepareConfig(Section):
     """PPO's environment."""
 
-    batch_tokens: int = setting(16384, "padded tokens in one scoring batch", unit="tokens", ge=1)
+    batch_tokens: int = setting(16384, "tokens computed in one scoring batch", unit="tokens", ge=1)
 
 
 class RemoteScorerConfig(Section):
@@ -233,6 +233,12 @@ class PpoConfig(Section):
 
     engine: Literal["builtin", "trlx"] = setting(
         "builtin", "who runs the stage: this project, or trlX itself where it is installed"
+    )
+    sampler: Literal["builtin", "vllm"] = setting(
+        "builtin",
+        "what samples the rollouts: the built-in engine, which runs the policy itself, or vLLM, where it is installed, "
+        "with a copy of the policy's weights beside it",
+        may_change=True,
     )
     deepspeed: str | None = setting(None, DEEPSPEED, may_change=True)
     lora: LoraConfig = Field(default_factory=LoraConfig)
@@ -338,7 +344,7 @@ class EvaluateConfig(Section):
     max_posts: int | None = setting(None, "at most so many test posts", unit="posts", ge=1)
     temperature: float = setting(0.0, "0: greedy; else summaries are sampled", ge=0)
     batch_size: int = setting(64, "summaries generated at once", ge=1)
-    batch_tokens: int = setting(16384, "padded tokens in one scoring batch", unit="tokens", ge=1)
+    batch_tokens: int = setting(16384, "tokens computed in one scoring batch", unit="tokens", ge=1)
     bootstrap_samples: int = setting(1000, "resamples behind each 95 % interval", ge=100)
     lead_sentences: int = setting(2, "sentences of the lead baseline", ge=1)
 

@@ -1,6 +1,6 @@
 """The rollouts of an iteration and what is learnt from them, and how they lie in a checkpoint.
 
-Shapes: B rollouts, R response columns, T prompt and response columns, H hidden.
+Shapes: B rollouts, R response columns, T tokens of prompt and response but the last, H hidden.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How likely a policy finds given responses.
 
-Shapes: B batch, R response columns, V vocabulary.
+Shapes: R tokens of a response, K tokens of all responses of a batch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.losses import token_logprobs
-from rlhf.models import position_ids
-from rlhf.rollout import join
+from rlhf.forward import token_logits
+from rlhf.packing import pack
+from rlhf.vocabulary import choice_logprobs
 
 
 @torch.no_grad()
@@ -23,7 +23,6 @@ def response_logprobs(
     responses: Sequence[Sequence[int]],
     *,
     temperature: float,
-    pad_id: int,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
@@ -37,24 +36,16 @@ def response_logprobs(
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        batch = join(
-            [prompts[index] for index in chunk],
-            [torch.tensor(responses[index]) for index in chunk],
-            pad_id=pad_id,
-            device=policy.device,
-        )
-        response_BR = batch.ids_BT[:, batch.response_start :]
-        logits_BRV = policy(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.mask_BT.long(),
-            position_ids=position_ids(batch.mask_BT),
-            # The last prompt token predicts the first of the response; the last response token predicts nothing.
-            logits_to_keep=response_BR.shape[1] + 1,
-            use_cache=False,
-        ).logits[:, :-1]
-        logprobs_BR = token_logprobs(logits_BRV, response_BR, temperature=temperature).cpu()
-        for row, index in enumerate(chunk):
-            logprobs[index] = logprobs_BR[row, : len(responses[index])]
+        # The last prompt token predicts the first of the response; the last response token predicts nothing.
+        packed = pack(
+            [[*prompts[index], *responses[index][:-1]] for index in chunk],
+            keep=[len(responses[index]) for index in chunk],
+        ).to(policy.device)
+        tokens_K = torch.tensor([token for index in chunk for token in responses[index]], device=policy.device)
+        logprobs_K, _ = choice_logprobs(token_logits(policy, packed), tokens_K, temperature=temperature)
+        parts = logprobs_K.cpu().split([len(responses[index]) for index in chunk])
+        for index, logprobs_R in zip(chunk, parts, strict=True):
+            logprobs[index] = logprobs_R
         if on_progress is not None:
             on_progress(start + len(chunk))
     return logprobs

@@ -27,7 +27,8 @@ from rlhf.models import load_policy, load_reward_model
 from rlhf.partial import ChunkedWork, Compute, chunks_by_length
 from rlhf.prompt import encode_response
 from rlhf.runtime import choose_device, generator, torch_dtype
-from rlhf.scoring import Scorer, length_batches
+from rlhf.score_batches import length_batches
+from rlhf.scoring import Scorer
 
 # Each use of chance has a stream of its own, so that none depends on what ran before it.
 PPO_SUMMARIES, SFT_SUMMARIES, KL_SAMPLES = range(3)
@@ -107,16 +108,14 @@ def summaries(inputs: Inputs, stage: str, policy: LoadModel, *, temperature: flo
 
 def likelihood(inputs: Inputs, stage: str, policy: LoadModel, responses: Sequence[Sequence[int]]) -> list[list[float]]:
     """Log-probabilities of responses that were sampled at `ppo.temperature`, a list of float32 numbers a post."""
-    temperature, pad_id = inputs.config.ppo.temperature, inputs.tokenizer.pad_token_id
+    temperature = inputs.config.ppo.temperature
 
     def load() -> Compute:
         model = policy()
 
         def judge(number: int, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
             prompts, sampled = [prompt for prompt, _ in pairs], [response for _, response in pairs]
-            found = response_logprobs(
-                model, prompts, sampled, temperature=temperature, pad_id=pad_id, batch_size=len(pairs)
-            )
+            found = response_logprobs(model, prompts, sampled, temperature=temperature, batch_size=len(pairs))
             return [logprobs_R.tolist() for logprobs_R in found]
 
         return judge
@@ -131,26 +130,39 @@ def score_summaries(
 ) -> dict[str, Floats]:
     """The reward model's score of every summary, a value a post."""
     config, tokenizer = inputs.config, inputs.tokenizer
-    batch_tokens, limit = config.evaluate.batch_tokens, config.prompt.max_response_tokens
+    batch_tokens = config.evaluate.batch_tokens
 
-    @cache
     def load() -> Compute:
         device, dtype = choose_device(config.runtime), torch_dtype(config.runtime.precision)
         model = load_reward_model(inputs.finished["reward"], dtype=dtype, device=device)
         scorer = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=batch_tokens)
         return lambda number, sequences: scorer.score(sequences).tolist()
 
-    what, scores = made_by(inputs, "reward", "scores"), {}
-    for name in ROWS:
-        if name in written:
-            responses = written[name].responses
-        else:
-            responses = [encode_response(tokenizer, text, max_tokens=limit) for text in texts[name]]
-        sequences = [[*prompt, *response] for prompt, response in zip(inputs.prompts, responses, strict=True)]
-        # The scorer's own batches, so that a chunk is one of them.
-        chunks = length_batches([len(sequence) for sequence in sequences], batch_tokens)
-        scores[name] = np.array(inputs.work.results(what, sequences, chunks, load), dtype=np.float64)
-    return scores
+    responses = token_responses(inputs, texts, written)
+    # Post by post, so that the scorer reads each prompt once for all that was written for it.
+    sequences = [[*prompt, *responses[name][number]] for number, prompt in enumerate(inputs.prompts) for name in ROWS]
+    lengths = [
+        len(prompt) + sum(len(responses[name][number]) for name in ROWS) for number, prompt in enumerate(inputs.prompts)
+    ]
+    # What the scorer takes at a time, so that a chunk is a batch.
+    posts = length_batches(lengths, tokens=batch_tokens, grid=batch_tokens)
+    chunks = [[post * len(ROWS) + column for post in chunk for column in range(len(ROWS))] for chunk in posts]
+    scores = inputs.work.results(made_by(inputs, "reward", "scores"), sequences, chunks, load)
+    scores_NW = np.array(scores, dtype=np.float64).reshape(-1, len(ROWS))
+    return {name: scores_NW[:, column] for column, name in enumerate(ROWS)}
+
+
+def token_responses(
+    inputs: Inputs, texts: Mapping[str, Sequence[str]], written: Mapping[str, Summaries]
+) -> Mapping[str, Sequence[Sequence[int]]]:
+    """Every summary as the tokens that are scored: those that a policy wrote, and the others' texts encoded."""
+    limit = inputs.config.prompt.max_response_tokens
+    encoded = {
+        name: [encode_response(inputs.tokenizer, text, max_tokens=limit) for text in texts[name]]
+        for name in ROWS
+        if name not in written
+    }
+    return {name: encoded[name] if name in encoded else written[name].responses for name in ROWS}
 
 
 def made_by(inputs: Inputs, stage: str, what: str) -> dict[str, Any]:

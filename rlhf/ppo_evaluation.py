@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from rlhf.advantages import k3
 from rlhf.config import Config
 from rlhf.environment import EnvironmentRow
 from rlhf.exchange import share_out
+from rlhf.overlap import one_behind, scoring_ahead
 from rlhf.oversight import Oversight
 from rlhf.ppo_setup import EVALUATION, Learner, chances
 from rlhf.prompt import decode_response
@@ -46,19 +47,20 @@ def evaluate(learner: Learner, rows: list[EnvironmentRow], oversight: Oversight)
     processes, chunk = accelerator.num_processes, config.ppo.rollout_chunk
     rows = sorted(rows, key=lambda row: (len(row.prompt_ids), row.id))
     places = share_out(len(rows), rank=accelerator.process_index, processes=processes)
-    seen: list[Seen] = []
-    with learner.strategy.whole():
-        # As many chunks on each process, the last of some perhaps empty: they ask together whether to stop.
-        for start in range(0, -(-len(rows) // processes), chunk):
-            oversight.heed()
-            mine = places[start : start + chunk]
-            rollouts = learner.collector.collect(
-                [rows[place] for place in mine],
-                chances_BR=chances(learner, mine, EVALUATION),
-                score=learner.scoring(oversight),
-                watch=Stopwatch(),
-            )
-            seen += [look(learner, place, rollout) for place, rollout in zip(mine, rollouts, strict=True)]
+    with learner.strategy.whole(), scoring_ahead(learner.scorer, heed=oversight.heed) as score:
+        learner.sampler_ready()
+
+        def chunks() -> Iterator[Callable[[], list[Rollout]]]:
+            # As many on each process, the last of some perhaps empty: they ask together whether to stop.
+            for start in range(0, -(-len(rows) // processes), chunk):
+                oversight.heed()
+                mine = places[start : start + chunk]
+                chances_BR, posts = chances(learner, mine, EVALUATION), [rows[place] for place in mine]
+                yield learner.collector.begin(posts, chances_BR=chances_BR, score=score, watch=Stopwatch())
+
+        # Looked at one by one: a rollout holds more than is kept of it.
+        rollouts = (rollout for finished in one_behind(chunks()) for rollout in finished)
+        seen = [look(learner, place, rollout) for place, rollout in zip(places, rollouts, strict=True)]
     seen = sorted((one for theirs in from_all(seen) for one in theirs), key=lambda one: one.place)
     if accelerator.is_main_process:
         lines = [one.line for one in seen[: config.ppo.sample_table_posts]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,22 +25,25 @@ from rlhf.checkpoint import StageDir
 from rlhf.config import Config, PpoConfig
 from rlhf.errors import ConfigError
 from rlhf.experience import InHand
-from rlhf.generation import BuiltinEngine, Sampling, draw_chances
+from rlhf.generation import Sampling, draw_chances
 from rlhf.health import Health
 from rlhf.lora import ADAPTER_DIR, quantized
 from rlhf.models import load_policy, load_reward_model
-from rlhf.oversight import Oversight
 from rlhf.placement import scorer_device
+from rlhf.ppo_sampler import open_sampler, plain_weights
 from rlhf.processes import process_count
 from rlhf.quantized import check_quantize
-from rlhf.remote_scorer import RemoteScorer, open_remote_scorer, wait_for_scores
-from rlhf.rollout import Collector, Score
+from rlhf.remote_scorer import RemoteScorer, open_remote_scorer
+from rlhf.rollout import Collector
 from rlhf.runtime import generator, prepare_runtime, torch_dtype
 from rlhf.schedule import learning_rate_scheduler
 from rlhf.scoring import Scorer
 from rlhf.sharding import Share, Strategy, make_accelerator, shards_weights, spread
 from rlhf.shares import check_ppo_shares
 from rlhf.tokenizer import load_tokenizer
+from rlhf.vllm_limits import check_ppo_sampler
+
+logger = logging.getLogger(__name__)
 
 # Each use of chance has a stream of its own, so that none depends on what ran before it.
 PROMPTS, SAMPLING, SHUFFLE, EVALUATION = range(4)
@@ -75,6 +79,7 @@ class Learner:
     best_reward: float = -math.inf
     unlogged: dict[str, float] | None = field(default_factory=dict)
     in_hand: InHand | None = None
+    handed_over: int | None = None  # after so many optimiser steps the sampler's copy of the weights was taken
     saved_at: Place = (0, False, -1)
     save_seconds: float = 0.0
 
@@ -100,14 +105,22 @@ class Learner:
         packed = self.sum_over_processes(torch.stack([value.double().to(self.device) for value in values.values()]))
         return dict(zip(values, packed.tolist(), strict=True))
 
-    def scoring(self, oversight: Oversight) -> Score:
-        """What scores rollouts; all processes have to use it equally often.
+    def sampler_ready(self) -> None:
+        """Give a sampler with weights of its own the policy's, unless it has these.
 
-        Whoever trains on a score looks at whether it is finite, and says which post's is not.
+        All processes call it inside `strategy.whole()`, before they sample.
         """
-        if isinstance(self.scorer, RemoteScorer):
-            return partial(wait_for_scores, self.scorer, heed=oversight.heed)
-        return partial(self.scorer.score, allow_nonfinite=True)
+        steps = self.schedule.last_epoch
+        if self.config.ppo.sampler == "builtin" or steps == self.handed_over:
+            return
+        started = time.monotonic()
+        self.collector.engine.sync(plain_weights(self.actor.policy))
+        self.handed_over = steps
+        logger.debug("handed weights to the sampler step=%d seconds=%.3f", steps, time.monotonic() - started)
+
+    def close(self) -> None:
+        """Give back what the sampler holds; nothing is sampled after this."""
+        self.collector.engine.close()
 
 
 def chances(learner: Learner, places: Sequence[int], *stream: int) -> Tensor:
@@ -134,7 +147,8 @@ def build_learner(
     """
     ppo, (sft, reward) = config.ppo, (StageDir(stage.run_dir, name).final() for name in ("sft", "reward"))
     device = prepare_runtime(config.runtime, seed=config.seed)
-    check_ppo_shares(config.ppo, process_count())
+    check_ppo_shares(ppo, process_count())
+    check_ppo_sampler(ppo)
     accelerator = make_accelerator(
         ppo.deepspeed,
         key="ppo.deepspeed",
@@ -159,17 +173,16 @@ def build_learner(
         betas=ppo.optimizer.betas,
         eps=ppo.optimizer.eps,
         weight_decay=ppo.optimizer.weight_decay,
-        # Else a step on a GPU takes another four bytes a weight.
-        fused=device.type == "cuda",
+        # One pass over the weights; and on a GPU a step would otherwise take another four bytes a weight.
+        fused=True,
     )
     total = ppo.schedule_steps or ppo.total_optimizer_steps
     schedule = learning_rate_scheduler(optimizer, total=total, config=ppo.optimizer)
     strategy = spread(accelerator, actor, optimizer, precision=config.runtime.precision)
     collector = Collector(
         actor=actor,
-        engine=BuiltinEngine(actor.policy, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id),
+        engine=open_sampler(config, actor.policy, sft, tokenizer, accelerator.device),
         sampling=Sampling(max_new_tokens=config.prompt.max_response_tokens, temperature=ppo.temperature),
-        pad_id=tokenizer.pad_token_id,
         autocast=strategy.autocast,
     )
     return Learner(

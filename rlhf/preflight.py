@@ -20,6 +20,7 @@ from rlhf.pipeline import STAGES, Stage, check_settings
 from rlhf.placement import check_dedicated, service_url
 from rlhf.shares import check_shares
 from rlhf.trlx.settings import check_settings as check_trlx_settings
+from rlhf.vllm_limits import check_ppo_sampler
 
 
 def check(stage: str, config: Config, run_dir: Path, *, gpus: int | None) -> Iterator[str]:
@@ -43,6 +44,8 @@ def check(stage: str, config: Config, run_dir: Path, *, gpus: int | None) -> Ite
         service_url(config.ppo.remote)
     if stage == "ppo" and config.ppo.engine == "trlx":
         check_trlx_settings(config, processes=processes)
+    if stage == "ppo":
+        check_ppo_sampler(config.ppo)
     check_shares(config, stage, processes)
     yield f"settings: they fit run {run_dir.name} and {processes} process(es)"
     yield from check_prerequisites(program, run_dir)

@@ -77,18 +77,19 @@ class RemoteScorer:
         *,
         on_progress: Callable[[int], None] | None = None,
         allow_nonfinite: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Tensor:
         """One score a sequence: [B] float32 on the CPU, in the order given; equal sequences are asked for once.
 
-        on_progress hears now and then how many are done. Raises ScorerAway while the service cannot be reached or
-        has no room, ConfigError or DataError for what it will not do later either, and RlhfError for a score that is
-        not finite, unless allow_nonfinite gives NaN for it.
+        on_progress hears now and then how many are done; once `stopped` is true, the tries end. Raises ScorerAway
+        while the service cannot be reached or has no room, ConfigError or DataError for what it will not do later
+        either, and RlhfError for a score that is not finite, unless allow_nonfinite gives NaN for it.
         """
         wanted = [tuple(sequence) for sequence in sequences]
         counts = Counter(wanted)
         missing = [ids for ids in counts if ids not in self._known]
         done = len(wanted) - sum(counts[ids] for ids in missing)
-        for batch in self._answered(missing):
+        for batch in self._answered(missing, lambda: stopped() or self._stopped()):
             done += sum(counts[ids] for ids in batch)
             if on_progress is not None:
                 on_progress(done)
@@ -102,9 +103,9 @@ class RemoteScorer:
             )
         return scores_B
 
-    def _answered(self, missing: Sequence[Ids]) -> Iterator[Sequence[Ids]]:
+    def _answered(self, missing: Sequence[Ids], stopped: Callable[[], bool]) -> Iterator[Sequence[Ids]]:
         """Batches as they are answered, in any order; their scores are known then."""
-        size, patience = self._items_per_request, Patience(self._retry_seconds, self._stopped)
+        size, patience = self._items_per_request, Patience(self._retry_seconds, stopped)
         batches = [missing[start : start + size] for start in range(0, len(missing), size)]
         with ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="score") as pool:
             futures = {pool.submit(self._ask, batch, patience): batch for batch in batches}
@@ -162,8 +163,8 @@ class RemoteScorer:
         return kind(f"{self._client.url}/score answers {refusal}; {remedy}")
 
 
-def wait_for_scores(scorer: RemoteScorer, sequences: Sequence[Sequence[int]], *, heed: Callable[[], None]) -> Tensor:
-    """The scores of this process's sequences, however long the service is away; NaN for one that is not finite.
+def keep_trying(attempt: Callable[[], Tensor | None], *, heed: Callable[[], None]) -> Tensor:
+    """The scores of this process's sequences, once attempt gives them; it may give None, or raise ScorerAway.
 
     All processes of the stage have to call it together, also one that has no sequences, and go on together once each
     has its scores. heed is called on all of them after every attempt in vain: to show life, and to raise on all what
@@ -173,7 +174,7 @@ def wait_for_scores(scorer: RemoteScorer, sequences: Sequence[Sequence[int]], *,
     while True:
         try:
             if scores_B is None:
-                scores_B = scorer.score(sequences, allow_nonfinite=True)
+                scores_B = attempt()
         except ScorerAway as error:
             logger.warning("waiting for the scorer: %s", error)
         if not agreed(scores_B is None):

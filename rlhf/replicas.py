@@ -43,7 +43,8 @@ class Replicas:
             wrong = f"the norm of the gradient is {grad_norm}"
         if wrong is None:
             self._wrapped.step()  # float16's scaler skips an overflow by itself
-            taken = not self._wrapped.step_was_skipped
+            # A fused optimiser is called all the same, and skips it within: accelerate does not see that.
+            taken = not self._wrapped.step_was_skipped and math.isfinite(grad_norm)
         elif scaler is not None:
             scaler.update()
         self._wrapped.zero_grad()

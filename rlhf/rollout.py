@@ -4,14 +4,19 @@ The token ids that were sampled are the ids that are scored and trained on; noth
 tokenised again. The frozen trunk runs once, here, and its output serves the policy's top, the
 reference's top and every inner epoch.
 
-Shapes: B rollouts, P prompt columns (left-padded), R response columns (right-padded), T = P + R, H hidden.
+The last token of a response goes through no network but the reward model: nothing is chosen after it.
+
+Shapes: S rollouts, R response tokens (right-padded side by side), T tokens of prompt and response but the last,
+N such tokens of all rollouts, K response tokens of all rollouts, H hidden.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,8 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.actor_critic import ActorCritic
 from rlhf.environment import EnvironmentRow
-from rlhf.generation import BuiltinEngine, Sampling
-from rlhf.sequences import left_pad
+from rlhf.generation import Engine, Generation, Sampling
+from rlhf.overlap import Start, Wait
+from rlhf.packing import Packed, pack
 from rlhf.telemetry import Stopwatch
 
 
@@ -42,16 +48,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts side by side, as the model takes them. Masks are True where a token counts."""
+    """Rollouts on their way through the networks: packed prompts and responses, and the tokens that were chosen."""
 
-    ids_BT: Tensor
-    mask_BT: Tensor
-    response_mask_BR: Tensor
-    response_start: int
+    packed: Packed
+    tokens_K: Tensor
 
-
-Score = Callable[[Sequence[Sequence[int]]], Tensor]
-"""Gives scores_B of token sequences, which need not be finite."""
+    @property
+    def response_mask_SR(self) -> Tensor:
+        """True where a response token counts."""
+        return self.packed.kept_mask()
 
 
 @dataclass(frozen=True)
@@ -59,84 +64,97 @@ class Collector:
     """Everything that has a part in a rollout but the reward model."""
 
     actor: ActorCritic
-    engine: BuiltinEngine
+    engine: Engine
     sampling: Sampling
-    pad_id: int
     autocast: Callable[[], AbstractContextManager[None]]
 
-    def collect(
-        self, rows: Sequence[EnvironmentRow], *, chances_BR: Tensor, score: Score, watch: Stopwatch
-    ) -> list[Rollout]:
-        """Sample a summary for each prompt and evaluate it under policy, reference, value and reward model.
+    def begin(
+        self, rows: Sequence[EnvironmentRow], *, chances_BR: Tensor, score: Start, watch: Stopwatch
+    ) -> Callable[[], list[Rollout]]:
+        """Sample a summary for each prompt, have it scored, and evaluate it under policy, reference and value function.
 
-        Without rows there is nothing to be done, of which `score` hears: it may be waiting for other processes.
+        What comes back waits for the scores and gives the rollouts; meanwhile more can be begun. Without rows there is
+        nothing to be done, of which `score` hears: it may be waiting for other processes.
         """
-        if not rows:
-            score([])
-            return []
         prompts = [row.prompt_ids for row in rows]
+        if not rows:
+            return partial(_scored, [], score(prompts), watch)
         with watch("rollout"), self.autocast():
-            generation = self.engine.generate(prompts, self.sampling, chances_BR=chances_BR)
-        lengths_B = generation.response_mask_BR.sum(dim=1).tolist()
-        responses = [ids_R[:length] for ids_R, length in zip(generation.response_BR, lengths_B, strict=True)]
+            generation = self.engine.generate(
+                prompts, self.sampling, chances_BR=chances_BR, trunk_layers=self.actor.trunk_layers
+            )
+        lengths = generation.response_mask_BR.sum(dim=1).tolist()
+        responses = [ids_R[:length] for ids_R, length in zip(generation.response_BR.tolist(), lengths, strict=True)]
         with watch("score"):
-            # Whoever trains on it looks at whether a score is finite, and says which post's is not.
-            scores_B = score([p + r.tolist() for p, r in zip(prompts, responses, strict=True)])
-        with watch("experience"), self.autocast(), torch.no_grad():
-            batch = join(prompts, responses, pad_id=self.pad_id, device=generation.response_BR.device)
-            trunk_BTH = self.actor.trunk_states(batch.ids_BT, batch.mask_BT)
-            inputs = (trunk_BTH, batch.ids_BT, batch.mask_BT, batch.response_start)
-            output, reference_BR = self.actor(*inputs), self.actor.reference_logprobs(*inputs)
-        firsts_B = [batch.response_start - len(prompt) for prompt in prompts]
-        gaps_BR = (output.logprobs_BR - generation.logprobs_BR).abs() * batch.response_mask_BR
+            scores = score([[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)])
+        with watch("experience"):
+            rollouts = self._look(rows, responses, generation)
+        return partial(_scored, rollouts, scores, watch)
+
+    @torch.no_grad()
+    def _look(
+        self, rows: Sequence[EnvironmentRow], responses: Sequence[Sequence[int]], generation: Generation
+    ) -> list[Rollout]:
+        """What policy, reference and value function say of the responses; scores are to come."""
+        prompts, lengths = [row.prompt_ids for row in rows], [len(response) for response in responses]
+        with self.autocast():
+            batch = join(prompts, responses, device=generation.response_BR.device)
+            trunk_NH = self._trunk(generation, batch)
+            inputs = (trunk_NH, batch.packed, batch.tokens_K)
+            output, reference_SR = self.actor(*inputs), self.actor.reference_logprobs(*inputs)
+        gaps_SR = (output.logprobs_SR - generation.logprobs_BR).abs() * batch.response_mask_SR
+        entropies, gaps = output.entropy_SR.sum(dim=1).tolist(), gaps_SR.amax(dim=1).tolist()
+        # Views: without padding they are all there is.
+        trunks = trunk_NH.split([len(prompt) + length - 1 for prompt, length in zip(prompts, lengths, strict=True)])
         return [
             Rollout(
                 row=row,
-                response_R=responses[b],
-                ended=bool(generation.ended_B[b]),
-                score=float(scores_B[b]),
-                # Cloned, so that the padded batch can be freed.
-                trunk_TH=trunk_BTH[b, firsts_B[b] : batch.response_start + length].clone(),
-                logprobs_R=output.logprobs_BR[b, :length],
-                reference_logprobs_R=reference_BR[b, :length],
-                values_R=output.values_BR[b, :length],
-                entropy=float(output.entropy_BR[b, :length].mean()),
-                sampler_gap=float(gaps_BR[b].max()),
+                response_R=generation.response_BR[s, :length],
+                ended=ended,
+                score=math.nan,
+                trunk_TH=trunks[s],
+                logprobs_R=output.logprobs_SR[s, :length],
+                reference_logprobs_R=reference_SR[s, :length],
+                values_R=output.values_SR[s, :length],
+                entropy=entropies[s] / length,
+                sampler_gap=gaps[s],
             )
-            for b, (row, length) in enumerate(zip(rows, lengths_B, strict=True))
+            for s, (row, length, ended) in enumerate(zip(rows, lengths, generation.ended_B.tolist(), strict=True))
         ]
 
-
-def join(prompts: Sequence[Sequence[int]], responses: Sequence[Tensor], *, pad_id: int, device: torch.device) -> Batch:
-    """Left-pad the prompts, right-pad the responses, and put them together."""
-    prompt_BP, prompt_mask_BP = left_pad(prompts, pad_id)
-    response_BR = pad_sequence(list(responses), batch_first=True, padding_value=pad_id)
-    lengths_B = torch.tensor([len(response) for response in responses])
-    mask_BR = torch.arange(response_BR.shape[1]) < lengths_B[:, None]
-    return Batch(
-        ids_BT=torch.cat([prompt_BP.to(device), response_BR.to(device)], dim=1),
-        mask_BT=torch.cat([prompt_mask_BP, mask_BR], dim=1).to(device),
-        response_mask_BR=mask_BR.to(device),
-        response_start=prompt_BP.shape[1],
-    )
+    def _trunk(self, generation: Generation, batch: Batch) -> Tensor:
+        """The trunk's hidden states, trunk_NH: kept by the engine while it sampled, or computed now."""
+        if generation.trunk is not None:
+            return torch.cat(generation.trunk)
+        return self.actor.trunk_states(batch.packed)
 
 
-def minibatch(rollouts: Sequence[Rollout], *, pad_id: int) -> tuple[Batch, Tensor]:
-    """Rollouts as one batch, and their trunk states [B, T, H] under the same padding."""
-    batch = join(
-        [rollout.row.prompt_ids for rollout in rollouts],
-        [rollout.response_R for rollout in rollouts],
-        pad_id=pad_id,
-        device=rollouts[0].trunk_TH.device,
-    )
-    sample = rollouts[0].trunk_TH
-    trunk_BTH = sample.new_zeros(*batch.ids_BT.shape, sample.shape[1])
-    for b, rollout in enumerate(rollouts):
-        first = batch.response_start - len(rollout.row.prompt_ids)
-        trunk_BTH[b, first : first + len(rollout.trunk_TH)] = rollout.trunk_TH
-    return batch, trunk_BTH
+def _scored(rollouts: Sequence[Rollout], scores: Wait, watch: Stopwatch) -> list[Rollout]:
+    """With their scores, once they are there.
+
+    Whoever trains on one looks at whether it is finite, and says which post's is not.
+    """
+    with watch("score"):
+        scores_S = scores()
+    return [replace(rollout, score=one) for rollout, one in zip(rollouts, scores_S.tolist(), strict=True)]
+
+
+def join(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, device: torch.device) -> Batch:
+    """Prompts with their responses, as the networks take them."""
+    sequences = [[*prompt, *response[:-1]] for prompt, response in zip(prompts, responses, strict=True)]
+    packed = pack(sequences, keep=[len(response) for response in responses])
+    chosen = [token for response in responses for token in response]
+    return Batch(packed.to(device), torch.tensor(chosen, device=device))
+
+
+def minibatch(rollouts: Sequence[Rollout]) -> tuple[Batch, Tensor]:
+    """Rollouts as one batch, and their trunk states, trunk_NH."""
+    prompts = [rollout.row.prompt_ids for rollout in rollouts]
+    responses = [rollout.response_R.tolist() for rollout in rollouts]
+    trunk_NH = torch.cat([rollout.trunk_TH for rollout in rollouts])
+    return join(prompts, responses, device=trunk_NH.device), trunk_NH
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Right-pad 1-D tensors with 0 into one [B, R]."""
+    """Right-pad 1-D tensors with 0 into one [S, R]."""
     return pad_sequence(list(tensors), batch_first=True)

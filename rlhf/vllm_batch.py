@@ -14,10 +14,8 @@ from transformers import PreTrainedModel
 from rlhf.runtime import generator
 from rlhf.sequences import check_sequences
 from rlhf.slots import NextToken, Request
+from rlhf.vllm_limits import MAX_TEMPERATURE
 from rlhf.vllm_process import turn
-
-MAX_TEMPERATURE = 2.0
-"""vLLM refuses more."""
 
 
 @dataclass(frozen=True)

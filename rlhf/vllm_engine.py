@@ -56,8 +56,9 @@ class VllmEngine:
         device: str,
         dtype: torch.dtype,
         max_sequence_tokens: int | None = None,
+        load_weights: bool = True,
     ) -> None:
-        """Start vLLM and load the weights. device is `cpu`, `cuda` or `cuda:<number>`.
+        """Start vLLM and load the weights, or leave them random until `sync`. device is `cpu`, `cuda`, `cuda:<number>`.
 
         slots is how many rows run at once. max_sequence_tokens is how long a prompt and its response may be together,
         by default the model's positions; memory for `slots` of that length is taken at once.
@@ -73,10 +74,12 @@ class VllmEngine:
                 slots=slots,
                 device=self._device,
                 dtype=dtype,
+                weights=skeleton.num_parameters(),
                 max_sequence_tokens=max_sequence_tokens or max_positions(skeleton),
             )
             self._started = StartedVllm(vllm, llm, skeleton, self._device, eos_id)
-            self.sync(_read_weights(directory, skeleton))
+            if load_weights:
+                self.sync(_read_weights(directory, skeleton))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise PrerequisiteError(f"vLLM cannot run {directory}: {' '.join(str(error).split())}") from error
         logger.info("started vllm=%s slots=%d device=%s path=%s", vllm.__version__, slots, device, directory)
@@ -87,16 +90,20 @@ class VllmEngine:
         sampling: Sampling,
         *,
         generator: torch.Generator | None = None,
+        chances_BR: Tensor | None = None,
+        trunk_layers: int | None = None,
     ) -> Generation:
         """A response to each prompt, on the engine's device; prompts beyond `slots` wait for a place.
 
-        The same generator state and prompts give the same responses. Raises ValueError for prompts that the model
-        cannot take and RlhfError when its log-probabilities are not finite.
+        The same generator state and prompts give the same responses. chances_BR, in a generator's place, are uniform
+        numbers that were drawn before (`generation.draw_chances`): a prompt and its row of them give the same
+        response in any company. vLLM shows no hidden states: whatever trunk_layers asks for, there is no trunk. Raises
+        ValueError for prompts that the model cannot take and RlhfError when its log-probabilities are not finite.
         """
         if len(prompts) == 0:
             raise ValueError("no prompts: give at least one")
-        drawn_on = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator, device=drawn_on).tolist()
+        seeds = _drawn_seeds(len(prompts), generator) if chances_BR is None else _seeds_of(chances_BR)
+        assert len(seeds) == len(prompts), "a row of chances for each prompt"
         tokens: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         batch = VllmBatch(self._started, slots=len(prompts))
@@ -143,8 +150,20 @@ class VllmEngine:
         logprobs_BR = pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True)
         mask_BR = torch.arange(response_BR.shape[1]) < lengths_B[:, None]
         ended_B = torch.tensor([row[-1] == self._started.eos_id for row in tokens])
-        parts = (part.to(self._device) for part in (response_BR, mask_BR, logprobs_BR, ended_B))
-        return Generation(*parts)
+        to = self._device
+        return Generation(response_BR.to(to), mask_BR.to(to), logprobs_BR.to(to), ended_B.to(to))
+
+
+def _drawn_seeds(rows: int, generator: torch.Generator | None) -> list[int]:
+    device = "cpu" if generator is None else generator.device
+    seeds: list[int] = torch.randint(2**63 - 1, (rows,), generator=generator, device=device).tolist()
+    return seeds
+
+
+def _seeds_of(chances_BR: Tensor) -> list[int]:
+    """A seed for each row: all 53 random bits of its first number."""
+    seeds: list[int] = (chances_BR[:, 0].double() * 2**53).long().tolist()
+    return seeds
 
 
 def _skeleton(directory: Path) -> PreTrainedModel:

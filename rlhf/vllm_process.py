@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-import math
 import os
 import random
 import sys
@@ -26,8 +25,7 @@ import torch
 from torch.distributed import GroupMember, ProcessGroup
 
 from rlhf.errors import ConfigError
-
-INSTALL = "pip install '.[vllm]' in this project's folder"
+from rlhf.vllm_limits import INSTALL, cache_tokens
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights reach it as tensors
@@ -37,9 +35,6 @@ ENVIRONMENT = {
 
 PREFILL_TOKENS = 8192
 """Prompt tokens read in one step, at most; a prompt may be longer than this all the same."""
-
-CACHE_BLOCK = 128
-"""vLLM hands its cache out in blocks of this many tokens on the CPU, and of a part of it on GPUs."""
 
 _TURN = threading.Lock()
 
@@ -76,12 +71,13 @@ def start_vllm(
     slots: int,
     device: torch.device,
     dtype: torch.dtype,
+    weights: int,
     max_sequence_tokens: int | None,
 ) -> Any:
-    """An LLMEngine of the model that the directory's config.json describes, with random weights.
+    """An LLMEngine of the model that the directory's config.json describes, with random weights, so many of them.
 
-    It has a cache for `slots` sequences of max_sequence_tokens each. Raises vLLM's own errors, which are OSError,
-    RuntimeError or ValueError, when it cannot run the model.
+    It has a cache for `slots` sequences of max_sequence_tokens each, and takes no other share of a GPU. Raises vLLM's
+    own errors, which are OSError, RuntimeError or ValueError, when it cannot run the model.
     """
     with turn(device), _undone():
         GroupMember.WORLD = _group_of_one()
@@ -98,6 +94,8 @@ def start_vllm(
             enable_chunked_prefill=device.type != "cpu",
             # A prefix that another request left behind is rounded otherwise than one's own.
             enable_prefix_caching=False,
+            # A head of its own: PPO trains it apart from embeddings that it was tied to.
+            hf_overrides={"tie_word_embeddings": False},
             async_scheduling=False,  # a step gives the tokens that it computes
             # Capturing CUDA graphs fails when another thread of the process allocates memory meanwhile.
             enforce_eager=True,
@@ -105,7 +103,12 @@ def start_vllm(
             disable_log_stats=True,
         )
         config = arguments.create_engine_config()
-        config.cache_config.kv_cache_memory_bytes = _cache_bytes(config, slots)
+        cache = config.cache_config
+        cache.kv_cache_memory_bytes = _cache_bytes(config, slots)
+        if device.type == "cuda":
+            # Before it starts, it wants this share to be free; its own default is nearly all, and others are here.
+            needed = weights * dtype.itemsize + cache.kv_cache_memory_bytes
+            cache.gpu_memory_utilization = min(needed / torch.cuda.mem_get_info(device)[1], 1.0)
         if device.index is not None:
             config.device_config.device = device
         engine = vllm.LLMEngine.from_vllm_config(config, disable_log_stats=True)
@@ -185,11 +188,10 @@ def _restore_environment(before: dict[str, str]) -> None:
 
 
 def _cache_bytes(config: Any, slots: int) -> int:
-    """Memory for keys and values of `slots` sequences, each as long as may be, and for vLLM's one empty block."""
+    """Memory for keys and values of `slots` sequences, each as long as may be."""
     model, parallel = config.model_config, config.parallel_config
-    tokens = (slots * math.ceil(model.max_model_len / CACHE_BLOCK) + 1) * CACHE_BLOCK
     numbers = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
-    return numbers * model.dtype.itemsize * tokens
+    return numbers * model.dtype.itemsize * cache_tokens(slots, model.max_model_len)
 
 
 def _current(device: torch.device) -> torch.cuda.device | nullcontext[None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.actor_critic import ActorCritic
@@ -18,7 +18,7 @@ from rlhf.generation import BuiltinEngine
 from rlhf.models import reward_model_from_policy
 from rlhf.sampling import Sampling
 from tests.fakes import EOS_ID, PAD_ID, tiny_gpt2
-from tests.test_models import FAMILIES, PROMPT, RESPONSE, plain_logprobs, rows, tiny_gptj, tiny_llama
+from tests.test_models import FAMILIES, PROMPT, RESPONSE, inputs, plain_logprobs, rows, tiny_gptj, tiny_llama
 
 TARGETS = {"gpt_neox": ("query_key_value",)}
 DEPTHS = pytest.mark.parametrize("unfrozen", [2, "all"])
@@ -34,9 +34,8 @@ def actor_with_adapters(policy: PreTrainedModel, *, unfrozen: int | str = 2, **s
 def evaluated(actor: ActorCritic) -> tuple[Tensor, Tensor]:
     """Log-probabilities of policy and reference, in eval mode as rollouts are."""
     ids_BT, mask_BT = rows()
-    trunk_BTH = actor.trunk_states(ids_BT, mask_BT)
-    inputs = (trunk_BTH, ids_BT, mask_BT, PROMPT)
-    return actor(*inputs).logprobs_BR, actor.reference_logprobs(*inputs)
+    batch = inputs(actor, ids_BT, mask_BT)
+    return actor(*batch).logprobs_SR, actor.reference_logprobs(*batch)
 
 
 def take_a_step(actor: ActorCritic) -> None:
@@ -76,8 +75,8 @@ def test_the_adapters_of_the_top_blocks_and_the_value_head_are_trained() -> None
     assert trained == {f"{place}.{part}.default.weight" for place in places for part in ("lora_A", "lora_B")}
     expected = {id(policy.get_parameter(name)) for name in trained} | {id(p) for p in actor.value_head.parameters()}
     assert {id(parameter) for parameter in actor.trainable_parameters()} == expected
-    output = actor(actor.trunk_states(*rows()), *rows(), PROMPT)
-    (output.logprobs_BR.sum() + output.values_BR.sum()).backward()
+    output = actor(*inputs(actor, *rows()))
+    (output.logprobs_SR.sum() + output.values_SR.sum()).backward()
     assert {id(parameter) for parameter in actor.parameters() if parameter.grad is not None} == expected
 
 
@@ -85,7 +84,8 @@ def test_adapters_of_all_blocks_leave_no_trunk() -> None:
     policy = tiny_gptj()
     actor = actor_with_adapters(policy, unfrozen="all")
     assert len(adapter_weights(policy.state_dict())) == 4 * 2 * 2
-    assert actor.trunk_states(*rows()).shape == (2, PROMPT + RESPONSE, 0)
+    trunk_NH, packed, _ = inputs(actor, *rows())
+    assert trunk_NH.shape == (len(packed.ids_N), 0)
 
 
 @DEPTHS
@@ -104,19 +104,6 @@ def test_a_seed_gives_the_same_policy() -> None:
     first, second = actor_with_adapters(tiny_gptj()), actor_with_adapters(tiny_gptj())
     for name, tensor in first.policy.state_dict().items():
         assert torch.equal(tensor, second.policy.state_dict()[name])
-
-
-@families
-def test_more_padding_changes_nothing(family: Callable[[], PreTrainedModel]) -> None:
-    actor = actor_with_adapters(family())
-    take_a_step(actor)
-    ids_BT, mask_BT = rows()
-    wider = nn.functional.pad(ids_BT, (4, 3), value=1), nn.functional.pad(mask_BT, (4, 3), value=0)
-    with torch.no_grad():
-        narrow_BR = actor(actor.trunk_states(ids_BT, mask_BT), ids_BT, mask_BT, PROMPT).logprobs_BR
-        wide_BR = actor(actor.trunk_states(*wider), *wider, PROMPT + 4).logprobs_BR[:, :RESPONSE]
-    counted_BR = mask_BT[:, PROMPT:].bool()
-    torch.testing.assert_close(wide_BR[counted_BR], narrow_BR[counted_BR], atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
@@ -145,7 +132,7 @@ def test_generation_is_by_the_policy_also_after_the_reference_ran() -> None:
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, 0] = 0
     with torch.no_grad():
-        logprobs_BR = actor(actor.trunk_states(ids_BT, mask_BT), ids_BT, mask_BT, 3).logprobs_BR
+        logprobs_BR = actor(*inputs(actor, ids_BT, mask_BT, prompt=3)).logprobs_SR
     torch.testing.assert_close(generation.logprobs_BR, logprobs_BR, atol=1e-5, rtol=1e-5)
 
 
@@ -162,7 +149,7 @@ def test_a_separate_value_network_is_trained_whole(tmp_path: Path) -> None:
     tiny_gptj(0).save_pretrained(tmp_path)
     value_model = reward_model_from_policy(tmp_path, seed=0)
     actor = actor_with_adapters(tiny_gptj(1), value_model=value_model)
-    actor(actor.trunk_states(*rows()), *rows(), PROMPT).values_BR.sum().backward()
+    actor(*inputs(actor, *rows())).values_SR.sum().backward()
     assert all(parameter.grad is not None for parameter in value_model.parameters())
     assert sum(p.numel() for p in actor.trainable_parameters()) > sum(p.numel() for p in value_model.parameters())
 

@@ -153,3 +153,29 @@ def test_a_score_that_is_no_number_is_null_in_tokens_and_an_error_in_text(
     for asked in ([text], [*items, text]):
         answer = serving.client.post("/score", json={"items": asked})
         assert refusal(answer, 500, "score-not-finite") == {}
+
+
+def test_what_is_asked_of_one_post_reaches_the_scorer_together(
+    serving: Serving, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = serving.service._served.reward.scorer  # type: ignore[union-attr]
+    real = type(scorer).score
+    asked: list[list[list[int]]] = []
+
+    def heard(sequences: Any, **how: Any) -> torch.Tensor:
+        asked.append([list(sequence) for sequence in sequences])
+        return real(scorer, sequences, **how)
+
+    monkeypatch.setattr(scorer, "score", heard)
+    posts = [post_of(0), post_of(1)]
+    score(serving, [{"post": fields(POST), "summary": text, "reference": "lost"} for text in ("a cat", "a dog")])
+    sent = {"posts": [fields(post) for post in posts], "best_of": 4, "temperature": 1.0}
+    answer = serving.client.post("/summarize", json=sent)
+    assert answer.status_code == 200, answer.text
+    pairs, *candidates = asked
+    assert len(pairs) == 4
+    assert pairs[1] == pairs[3]  # the references, each after its summary
+    for post in posts:
+        prompt = list(alone.prompt(post).ids)
+        found = [sum(ids[: len(prompt)] == prompt for ids in batch) for batch in candidates]
+        assert [count for count in found if count] == [4]

@@ -315,6 +315,28 @@ def test_ended_after_every_chunk_it_gives_the_same_bits(
     assert files(run_dir) == files(undisturbed)
 
 
+def test_what_is_written_for_a_post_is_scored_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = finished_training(tmp_path / "tiny")
+    asked: list[list[list[int]]] = []
+    real = passes.Scorer.score
+
+    def score(scorer: passes.Scorer, sequences: list[list[int]]) -> torch.Tensor:
+        asked.append(sequences)
+        return real(scorer, sequences)
+
+    monkeypatch.setattr(passes.Scorer, "score", score)
+    run(config("evaluate.batch_tokens=600"), run_dir)
+    alone = passes.Scorer(passes.load_reward_model(run_dir / "reward" / "final"), pad_id=0, batch_tokens=1)
+    with (StageDir(run_dir, "evaluate").final() / "samples.jsonl").open() as lines:
+        rows = [json.loads(line) for line in lines]
+    told = sorted(tuple(row[f"score_{name}"] for name in ROWS) for row in rows)
+    groups = [sequences[start : start + 4] for sequences in asked for start in range(0, len(sequences), 4)]
+    assert len(asked) == 4
+    assert [len(group) for group in groups] == [4] * 11
+    found = sorted(tuple(float(real(alone, [ids])) for ids in group) for group in groups)
+    assert np.array(told) == pytest.approx(np.array(found), abs=1e-5)
+
+
 def test_a_line_torn_by_the_kill_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = finished_training(tmp_path / "one" / "tiny")
     run(config(), undisturbed)
@@ -412,8 +434,8 @@ def test_likelihood_equals_what_the_sampler_saw_and_ignores_padding(tmp_path: Pa
     responses = [
         row[mask].tolist() for row, mask in zip(generation.response_BR, generation.response_mask_BR, strict=True)
     ]
-    together = response_logprobs(policy, prompts, responses, temperature=0.7, pad_id=pad_id, batch_size=3)
-    alone = response_logprobs(policy, prompts, responses, temperature=0.7, pad_id=pad_id, batch_size=1)
+    together = response_logprobs(policy, prompts, responses, temperature=0.7, batch_size=3)
+    alone = response_logprobs(policy, prompts, responses, temperature=0.7, batch_size=1)
     for row, response in enumerate(responses):
         assert len(together[row]) == len(response)
         torch.testing.assert_close(together[row], generation.logprobs_BR[row, : len(response)], atol=1e-4, rtol=0)
@@ -425,9 +447,7 @@ def test_likelihood_reports_progress_and_keeps_the_order(tmp_path: Path) -> None
     engine = BuiltinEngine(policy, eos_id=eos_id, pad_id=pad_id)
     seen: list[int] = []
     responses = summarize(engine, prompts, Sampling(max_new_tokens=4, temperature=0.0), batch_size=3).responses
-    logprobs = response_logprobs(
-        policy, prompts, responses, temperature=1.0, pad_id=pad_id, batch_size=2, on_progress=seen.append
-    )
+    logprobs = response_logprobs(policy, prompts, responses, temperature=1.0, batch_size=2, on_progress=seen.append)
     assert seen == [2, 3]
     ids = torch.tensor([prompts[1] + responses[1]])
     plain = policy(input_ids=ids).logits.log_softmax(-1)[0, len(prompts[1]) - 1 : -1]

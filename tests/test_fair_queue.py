@@ -73,6 +73,18 @@ async def test_padding_counts() -> None:
 
 
 @in_loop
+async def test_without_padding_jobs_go_as_their_turns_come() -> None:
+    queue = FairQueue(max_tokens=10_000)
+    queue.put([job("a", 50), job("a", 10), job("a", 5)])
+    queue.put([job("b", 30), job("b", 50)])
+    batch = queue.take(count=9, tokens=140, padded=False)
+    assert [(one.call, len(one.ids)) for one in batch] == [("a", 50), ("b", 30), ("a", 10), ("b", 50)]  # 140 tokens
+    assert [len(one.ids) for one in queue.take(count=9, tokens=1, padded=False)] == [5]
+    queue.put([job("a", 1) for _ in range(3)])
+    assert len(queue.take(count=2, tokens=100, padded=False)) == 2
+
+
+@in_loop
 async def test_the_first_is_taken_however_long_it_is() -> None:
     queue = FairQueue(max_tokens=10_000)
     queue.put([job("a", 500), job("a", 500)])

@@ -38,7 +38,9 @@ from rlhf.models import (
     split_backbone,
     stamp_prompt_version,
 )
+from rlhf.packing import Packed
 from rlhf.prompt import PROMPT_VERSION
+from rlhf.rollout import join
 
 VOCABULARY, PROMPT, RESPONSE = 300, 7, 5
 SHAPE = TinyModelConfig(layers=4, hidden=32, heads=4, rotary_dim=4, vocab_size=VOCABULARY)
@@ -340,6 +342,15 @@ def test_more_layers_than_there_are_cannot_be_split_off(top_layers: int) -> None
 # --- actor and critic --------------------------------------------------------------------------------
 
 
+def inputs(actor: ActorCritic, ids_BT: Tensor, mask_BT: Tensor, prompt: int = PROMPT) -> tuple[Tensor, Packed, Tensor]:
+    """What the actor takes for padded rows: trunk states, packed sequences, responses' tokens."""
+    counted_BT = mask_BT.bool()
+    prompts = [ids_T[:prompt][mask_T[:prompt]].tolist() for ids_T, mask_T in zip(ids_BT, counted_BT, strict=True)]
+    responses = [ids_T[prompt:][mask_T[prompt:]].tolist() for ids_T, mask_T in zip(ids_BT, counted_BT, strict=True)]
+    batch = join(prompts, responses, device=ids_BT.device)
+    return actor.trunk_states(batch.packed), batch.packed, batch.tokens_K
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("unfrozen", [2, "all"])
 def test_cached_trunk_and_plain_pass_agree_with_their_gradients(
@@ -355,7 +366,7 @@ def test_cached_trunk_and_plain_pass_agree_with_their_gradients(
     plain_BR[counted_BR].sum().backward()
     gradients = {name: policy.get_parameter(name).grad.clone() for name in names}
     policy.zero_grad()
-    cached_BR = actor(actor.trunk_states(ids_BT, mask_BT), ids_BT, mask_BT, PROMPT).logprobs_BR
+    cached_BR = actor(*inputs(actor, ids_BT, mask_BT)).logprobs_SR
     cached_BR[counted_BR].sum().backward()
 
     torch.testing.assert_close(cached_BR[counted_BR], plain_BR[counted_BR], atol=1e-5, rtol=1e-5)
@@ -386,20 +397,21 @@ def test_kl_starts_at_zero_and_an_update_reaches_the_policy_but_not_the_referenc
     policy = tiny_gptj()
     actor = ActorCritic(policy, unfrozen_layers=unfrozen, temperature=0.7)
     ids_BT, mask_BT = rows()
-    trunk_BTH = actor.trunk_states(ids_BT, mask_BT)
-    before_BR = actor(trunk_BTH, ids_BT, mask_BT, PROMPT).logprobs_BR
-    reference_BR = actor.reference_logprobs(trunk_BTH, ids_BT, mask_BT, PROMPT)
+    batch = inputs(actor, ids_BT, mask_BT)
+    before_BR = actor(*batch).logprobs_SR
+    reference_BR = actor.reference_logprobs(*batch)
     torch.testing.assert_close(before_BR, reference_BR, atol=1e-5, rtol=0)
 
     optimizer = torch.optim.SGD(actor.trainable_parameters(), lr=1.0)
     before_BR.sum().backward()
     optimizer.step()
 
-    after_BR = actor(trunk_BTH, ids_BT, mask_BT, PROMPT).logprobs_BR
+    after_BR = actor(*batch).logprobs_SR
     assert (after_BR - before_BR).abs().max() > 1e-2
+    counted_BR = mask_BT[:, PROMPT:].bool()
     plain_BR = plain_logprobs_at(policy, ids_BT, mask_BT, temperature=0.7)
-    torch.testing.assert_close(plain_BR, after_BR, atol=1e-5, rtol=1e-5)
-    assert torch.equal(actor.reference_logprobs(trunk_BTH, ids_BT, mask_BT, PROMPT), reference_BR)
+    torch.testing.assert_close(plain_BR[counted_BR], after_BR[counted_BR], atol=1e-5, rtol=1e-5)
+    assert torch.equal(actor.reference_logprobs(*batch), reference_BR)
 
 
 def plain_logprobs_at(policy: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, temperature: float) -> Tensor:
@@ -409,27 +421,18 @@ def plain_logprobs_at(policy: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_more_padding_changes_nothing(family: Callable[[], PreTrainedModel]) -> None:
+def test_what_a_sequence_is_batched_with_changes_nothing(family: Callable[[], PreTrainedModel]) -> None:
     actor = ActorCritic(family(), unfrozen_layers=2, temperature=1.0)
     ids_BT, mask_BT = rows()
-    wider_ids_BT = nn.functional.pad(ids_BT, (4, 3), value=1)
-    wider_mask_BT = nn.functional.pad(mask_BT, (4, 3), value=0)
     with torch.no_grad():
-        output = actor(actor.trunk_states(ids_BT, mask_BT), ids_BT, mask_BT, PROMPT)
-        wider = actor(actor.trunk_states(wider_ids_BT, wider_mask_BT), wider_ids_BT, wider_mask_BT, PROMPT + 4)
-    counted_BR = mask_BT[:, PROMPT:].bool()
-    for narrow_BR, wide_BR in zip(output, wider, strict=True):
-        assert wide_BR.isfinite().all()
-        torch.testing.assert_close(wide_BR[:, :RESPONSE][counted_BR], narrow_BR[counted_BR], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padding_puts_no_nan_into_gradients(family: Callable[[], PreTrainedModel]) -> None:
-    actor = ActorCritic(family(), unfrozen_layers=2, temperature=1.0)
-    ids_BT, mask_BT = rows()
-    output = actor(actor.trunk_states(ids_BT, mask_BT), ids_BT, mask_BT, PROMPT)
-    (output.logprobs_BR.sum() + output.values_BR.sum()).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in actor.trainable_parameters())
+        together = actor(*inputs(actor, ids_BT, mask_BT))
+        for row in range(len(ids_BT)):
+            alone = actor(*inputs(actor, ids_BT[row : row + 1], mask_BT[row : row + 1]))
+            length = int(mask_BT[row, PROMPT:].sum())
+            for together_BR, alone_BR in zip(together, alone, strict=True):
+                assert alone_BR.shape == (1, length)
+                torch.testing.assert_close(together_BR[row, :length], alone_BR[0], atol=1e-5, rtol=1e-5)
+                assert not together_BR[row, length:].any()
 
 
 def test_a_tied_head_is_untied_and_survives_saving(tmp_path: Path) -> None:
@@ -452,7 +455,8 @@ def test_everything_is_trained_and_ties_stay_when_all_layers_are() -> None:
     assert all(parameter.requires_grad for parameter in policy.parameters())
     assert not any(parameter.requires_grad for parameter in actor.reference.parameters())
     ids_BT, mask_BT = rows()
-    assert actor.trunk_states(ids_BT, mask_BT).shape == (2, PROMPT + RESPONSE, 0)
+    trunk_NH, packed, _ = inputs(actor, ids_BT, mask_BT)
+    assert trunk_NH.shape == (len(packed.ids_N), 0)
 
 
 def test_separate_value_network_reads_its_own_scores(tmp_path: Path) -> None:
@@ -462,13 +466,13 @@ def test_separate_value_network_reads_its_own_scores(tmp_path: Path) -> None:
     freeze_bottom(value_model, 0.7)
     actor = ActorCritic(tiny_gptj(1), unfrozen_layers=2, temperature=1.0, value_model=value_model)
     ids_BT, mask_BT = rows()
-    values_BR = actor(actor.trunk_states(ids_BT, mask_BT), ids_BT, mask_BT, PROMPT).values_BR
+    values_SR = actor(*inputs(actor, ids_BT, mask_BT)).values_SR
     # transformers reads a score at the last token that is not padding: the state in which the next is chosen
-    for column in range(RESPONSE):
+    for column in range(int(mask_BT[0, PROMPT:].sum())):
         prefix, mask = ids_BT[:1, : PROMPT + column], mask_BT[:1, : PROMPT + column]
         score = value_model(prefix, attention_mask=mask, position_ids=position_ids(mask)).logits[0, 0]
-        torch.testing.assert_close(values_BR[0, column], score - 0.5, atol=1e-5, rtol=1e-5)
-    values_BR.sum().backward()
+        torch.testing.assert_close(values_SR[0, column], score - 0.5, atol=1e-5, rtol=1e-5)
+    values_SR.sum().backward()
     assert all(parameter.grad is not None for parameter in value_model.parameters())
 
 
@@ -480,12 +484,11 @@ def test_frozen_weights_in_half_precision_leave_the_trained_ones_in_float32() ->
     assert policy.model.rotary_emb.inv_freq.dtype == torch.float32
     ids_BT, mask_BT = rows()
     with torch.autocast("cpu", torch.bfloat16):
-        trunk_BTH = actor.trunk_states(ids_BT, mask_BT)
-        output = actor(trunk_BTH, ids_BT, mask_BT, PROMPT)
-        reference_BR = actor.reference_logprobs(trunk_BTH, ids_BT, mask_BT, PROMPT)
-    assert trunk_BTH.dtype == torch.bfloat16
+        batch = inputs(actor, ids_BT, mask_BT)
+        output, reference_BR = actor(*batch), actor.reference_logprobs(*batch)
+    assert batch[0].dtype == torch.bfloat16
     assert {tensor.dtype for tensor in (*output, reference_BR)} == {torch.float32}
-    torch.testing.assert_close(output.logprobs_BR, reference_BR, atol=2e-2, rtol=0)
+    torch.testing.assert_close(output.logprobs_SR, reference_BR, atol=2e-2, rtol=0)
 
 
 def test_an_architecture_that_hides_work_from_the_split_is_refused() -> None:

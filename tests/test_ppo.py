@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from rlhf.config import Config
 from rlhf.environment import EnvironmentRow, load_environment
 from rlhf.errors import ConfigError, DivergedError, PrerequisiteError, StopRequested
 from rlhf.generation import draw_chances
+from rlhf.overlap import scoring_ahead
 from rlhf.ppo_evaluation import is_best
 from rlhf.ppo_setup import Learner, build_learner
 from rlhf.rollout import Collector, Rollout, minibatch
@@ -42,9 +44,9 @@ config = ppo_config
 def collect(learner: Learner, rows: list[EnvironmentRow]) -> list[Rollout]:
     """Rollouts by the chances of seed 1."""
     shape = (len(rows), learner.config.prompt.max_response_tokens)
-    score = partial(learner.scorer.score, allow_nonfinite=True)
     chances_BR = draw_chances(shape, generator(1))
-    return learner.collector.collect(rows, chances_BR=chances_BR, score=score, watch=Stopwatch())
+    with scoring_ahead(learner.scorer, heed=lambda: None) as score:
+        return learner.collector.begin(rows, chances_BR=chances_BR, score=score, watch=Stopwatch())()
 
 
 def train(run_dir: Path, settings: Config, stop: StopSignal | None = None) -> dict[str, torch.Tensor]:
@@ -164,7 +166,7 @@ def _cut(rollout: ppo.Rollout, length: int) -> ppo.Rollout:
         logprobs_R=rollout.logprobs_R[:length],
         reference_logprobs_R=rollout.reference_logprobs_R[:length],
         values_R=rollout.values_R[:length],
-        trunk_TH=rollout.trunk_TH[: len(rollout.row.prompt_ids) + length],
+        trunk_TH=rollout.trunk_TH[: len(rollout.row.prompt_ids) + length - 1],
     )
 
 
@@ -199,13 +201,14 @@ def test_prompts_come_in_epochs_without_repetition(run_dir: Path) -> None:
     assert sorted(drawn, key=int) == sorted([str(number) for number in range(20)] * 2, key=int)
 
 
-def test_a_minibatch_pads_trunk_states_as_it_pads_ids(run_dir: Path) -> None:
+def test_a_rollout_keeps_the_trunks_states_of_its_tokens(run_dir: Path) -> None:
     learner = build_learner(config(), StageDir(run_dir, "ppo"))
     rows = sorted(load_environment(run_dir / "prepare" / "final", "train"), key=lambda row: len(row.prompt_ids))
     rollouts = collect(learner, [rows[0], rows[-1]])
-    batch, trunk_BTH = minibatch(rollouts, pad_id=learner.collector.pad_id)
-    recomputed_BTH = learner.actor.trunk_states(batch.ids_BT, batch.mask_BT)
-    torch.testing.assert_close(trunk_BTH[batch.mask_BT], recomputed_BTH[batch.mask_BT], atol=1e-5, rtol=0)
+    batch, trunk_NH = minibatch(rollouts)
+    torch.testing.assert_close(trunk_NH, learner.actor.trunk_states(batch.packed), atol=1e-5, rtol=0)
+    tokens = [len(rollout.row.prompt_ids) + len(rollout.response_R) - 1 for rollout in rollouts]
+    assert [len(rollout.trunk_TH) for rollout in rollouts] == tokens
 
 
 def test_inner_epochs_end_when_the_policy_moves_too_far(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,23 +238,24 @@ def test_a_table_of_samples_is_written(run_dir: Path) -> None:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: set[int], what: str) -> None:
     """Make the rollouts of some iterations carry a number that is not finite, or a KL beyond all bounds."""
-    collect = Collector.collect
+    begin = Collector.begin
     calls = {"n": 0}
 
-    def wrong(self: Collector, rows: Any, **how: Any) -> list[Rollout]:
-        rollouts = collect(self, rows, **how)
-        if len(rollouts) != 4:
-            return rollouts
-        calls["n"] += 1
+    def wrong(self: Collector, rows: Any, **how: Any) -> Callable[[], list[Rollout]]:
+        finish = begin(self, rows, **how)
+        calls["n"] += len(rows) == 4
         # The first evaluation is call 1; then two calls an iteration, and an evaluation after every second.
         iteration = {2: 1, 3: 1, 4: 2, 5: 2, 7: 3, 8: 3}.get(calls["n"], 0)
-        if iteration not in iterations:
-            return rollouts
-        if what == "score":
-            return [replace(rollouts[0], score=float("nan")), *rollouts[1:]]
-        return [replace(rollout, reference_logprobs_R=rollout.logprobs_R - 50.0) for rollout in rollouts]
+        return partial(spoiled, finish, what) if len(rows) == 4 and iteration in iterations else finish
 
-    monkeypatch.setattr(Collector, "collect", wrong)
+    monkeypatch.setattr(Collector, "begin", wrong)
+
+
+def spoiled(finish: Callable[[], list[Rollout]], what: str) -> list[Rollout]:
+    rollouts = finish()
+    if what == "score":
+        return [replace(rollouts[0], score=float("nan")), *rollouts[1:]]
+    return [replace(rollout, reference_logprobs_R=rollout.logprobs_R - 50.0) for rollout in rollouts]
 
 
 @pytest.mark.parametrize(("what", "reason"), [("score", "is not finite"), ("kl", "over ppo.max_kl")])

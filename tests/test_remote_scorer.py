@@ -22,7 +22,7 @@ from rlhf.checkpoint import fingerprint
 from rlhf.config import Config
 from rlhf.errors import ConfigError, DataError, RlhfError, UnavailableError
 from rlhf.models import load_reward_model
-from rlhf.remote_scorer import RemoteScorer, ScorerAway, open_remote_scorer, wait_for_scores
+from rlhf.remote_scorer import RemoteScorer, ScorerAway, keep_trying, open_remote_scorer
 from rlhf.scoring import Scorer
 from rlhf.service_client import Patience, ServiceClient
 from tests.fakes import EOS_ID, PAD_ID, POSITIONS
@@ -251,11 +251,11 @@ def test_a_stage_waits_for_a_service_that_is_away_and_heeds_what_ends_it(service
             raise Interrupted
 
     remote = scorer(service.url)
-    assert wait_for_scores(remote, [[5], [6]], heed=heed).tolist() == [5.0, 6.0]
+    assert keep_trying(lambda: remote.score([[5], [6]]), heed=heed).tolist() == [5.0, 6.0]
     assert (len(service.asked), len(heeded)) == (3, 2)
     service.always = problem(503, after=3600)
     with pytest.raises(Interrupted):
-        wait_for_scores(remote, [[5]], heed=heed)
+        keep_trying(lambda: remote.score([[5]]), heed=heed)
 
 
 def test_who_has_its_scores_waits_for_the_others(service: FaultyService, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +266,7 @@ def test_who_has_its_scores_waits_for_the_others(service: FaultyService, monkeyp
         return others_away.pop(0)
 
     monkeypatch.setattr("rlhf.remote_scorer.agreed", agreed)
-    found = wait_for_scores(scorer(service.url), [[5]], heed=lambda: heeded.append(1))
+    found = keep_trying(lambda: scorer(service.url).score([[5]]), heed=lambda: heeded.append(1))
     assert found.tolist() == [5.0]
     assert (flags, len(heeded), service.asked) == ([False] * 3, 2, [[[5]]])
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import PrerequisiteError, RlhfError
 from rlhf.models import load_reward_model
-from rlhf.scoring import Scorer, framing_of, last_scores, length_batches, scorable_tokens, token_scores
+from rlhf.score_batches import length_batches
+from rlhf.scoring import Scorer, framing_of, scorable_tokens, token_scores
 from tests.fakes import EOS_ID, MODELS, PAD_ID, POSITIONS, tiny_policy, tiny_reward_model
 
 LENGTHS = (23, 1, 7, 40, 7, 90, 2)
@@ -79,21 +80,19 @@ def test_padding_on_either_side_changes_nothing(model: PreTrainedModel) -> None:
     for left in ([0, 0, 0], [15, 11, 8], [3, 2, 1]):
         ids_BT, mask_BT = padded(sequences, left, width=20)
         with torch.no_grad():
-            scores_B = last_scores(model, ids_BT, mask_BT)
             scores_BT = token_scores(model, ids_BT, mask_BT)
-        assert scores_B.tolist() == pytest.approx(expected, abs=1e-4)
         ends = [start + len(sequence) - 1 for start, sequence in zip(left, sequences, strict=True)]
         assert scores_BT[torch.arange(3), ends].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_pad_token_that_counts_is_read() -> None:
-    # transformers' classifier would pass over a pad token at the end; the mask says that it counts.
+    # transformers' classifier would pass over a pad token at the end, which here is a token like any other.
     model = tiny_reward_model()
-    ids_BT, mask_BT = torch.tensor([[5, 6, PAD_ID]]), torch.tensor([[True, True, True]])
+    counted, dropped = scorer(model).score([[5, 6, PAD_ID], [5, 6]]).tolist()
     with torch.no_grad():
-        counted, dropped = last_scores(model, ids_BT, mask_BT), last_scores(model, ids_BT[:, :2], mask_BT[:, :2])
-        assert token_scores(model, ids_BT, mask_BT)[0, -1] == pytest.approx(float(counted))
-    assert float(counted) != pytest.approx(float(dropped), abs=1e-3)
+        scores_BT = token_scores(model, torch.tensor([[5, 6, PAD_ID]]), torch.ones(1, 3, dtype=torch.bool))
+    assert scores_BT[0, -1] - SHIFT == pytest.approx(counted, abs=1e-4)
+    assert counted != pytest.approx(dropped, abs=1e-3)
 
 
 def test_token_scores_read_each_prefix(model: PreTrainedModel) -> None:
@@ -107,7 +106,7 @@ def test_token_scores_read_each_prefix(model: PreTrainedModel) -> None:
 def test_scores_carry_gradients_for_training() -> None:
     model = tiny_reward_model()
     ids_BT, mask_BT = padded(sequences_of((5, 9)), [0, 0], width=9)
-    (last_scores(model, ids_BT, mask_BT).sum() + token_scores(model, ids_BT, mask_BT).sum()).backward()
+    token_scores(model, ids_BT, mask_BT).sum().backward()
     assert model.score.weight.grad is not None
     assert model.get_input_embeddings().weight.grad is not None
 
@@ -121,17 +120,20 @@ def test_the_head_reads_the_last_token_only() -> None:
 
 
 def test_batches_are_of_like_length_and_bounded() -> None:
-    # The longest first: 90 alone, then 40 + 23 padded to 2 x 40, then 7, 7, 2, 1 padded to 4 x 7.
-    assert length_batches(LENGTHS, 100) == [[5], [3, 0], [2, 4, 6, 1]]
-    assert length_batches(LENGTHS, 79) == [[5], [3], [0, 2, 4], [6, 1]]
-    assert length_batches([5, 5, 5], 1) == [[0], [1], [2]]
-    assert length_batches([], 100) == []
+    # The longest first. Padded to the longest, 100 at most: 90 alone, 2 x 40 for 40 + 23, 4 x 7 for 7, 7, 2 and 1.
+    assert length_batches(LENGTHS, tokens=100, grid=100) == [[5], [3, 0], [2, 4, 6, 1]]
+    assert length_batches(LENGTHS, tokens=79, grid=79) == [[5], [3], [0, 2, 4], [6, 1]]
+    # Added up, 100 at most: 90, 40 + 23 + 7 + 7 + 2 + 1 = 80; a grid of 150 leaves room for 3 x 40.
+    assert length_batches(LENGTHS, tokens=100, grid=1000) == [[5], [3, 0, 2, 4, 6, 1]]
+    assert length_batches(LENGTHS, tokens=100, grid=150) == [[5], [3, 0, 2], [4, 6, 1]]
+    assert length_batches([5, 5, 5], tokens=1, grid=1) == [[0], [1], [2]]
+    assert length_batches([], tokens=100, grid=100) == []
 
 
 def test_progress_counts_sequences() -> None:
     heard: list[int] = []
-    scorer(tiny_reward_model()).score(sequences_of(), on_progress=heard.append)
-    assert heard == [1, 3, 7]
+    scorer(tiny_reward_model()).score([*sequences_of(), sequences_of()[1]], on_progress=heard.append)
+    assert heard == [1, 4, 8]  # 90; 40, 23 and 7; 7, 2 and, twice, the same token
 
 
 def test_no_sequences_no_scores() -> None:
@@ -193,17 +195,13 @@ def test_a_model_of_trlx_reads_its_own_format(sequence: list[int], read: list[in
         assert float(scores_B[batch.index(sequence)]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_pipelines_own_format_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_reward_model()
+def test_the_pipelines_own_format_is_read_as_it_is() -> None:
+    model = tiny_reward_model(shift=SHIFT)
     model.config.prompt_version = "tldr-1"
-    seen: list[list[list[int]]] = []
-    plain = last_scores
-    monkeypatch.setattr(
-        "rlhf.scoring.last_scores",
-        lambda m, ids_BT, mask_BT: (seen.append(ids_BT.tolist()), plain(m, ids_BT, mask_BT))[1],
+    sequence = [5, EOS_ID, 7, EOS_ID]
+    assert float(scorer(model).score([sequence])) == pytest.approx(
+        transformers_logit(model, sequence) - SHIFT, abs=1e-4
     )
-    scorer(model).score([[5, EOS_ID, 7, EOS_ID]])
-    assert seen == [[[5, EOS_ID, 7, EOS_ID]]]
 
 
 def test_what_stands_before_the_prompt_takes_positions() -> None:

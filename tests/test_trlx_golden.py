@@ -22,6 +22,8 @@ from transformers import GPTJConfig, GPTJForCausalLM
 from rlhf.actor_critic import ActorCritic, ActorOutput
 from rlhf.advantages import RunningMoments, gae, k1, token_rewards, whiten
 from rlhf.losses import policy_loss, value_loss
+from rlhf.packing import Packed
+from rlhf.rollout import join
 
 TOLERANCE = 1e-5
 
@@ -111,21 +113,29 @@ def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def run_actor(golden: Golden, actor: ActorCritic) -> ActorOutput:
-    trunk_BTH = actor.trunk_states(golden.ids_BT, golden.trlx_mask_BT)
-    return actor(trunk_BTH, golden.ids_BT, golden.trlx_mask_BT, golden.response_start)
+    return actor(*inputs(golden, actor))
+
+
+def inputs(golden: Golden, actor: ActorCritic) -> tuple[Tensor, Packed, Tensor]:
+    """What the actor takes: prompts without their padding, responses with it, since trlX's losses read it."""
+    start = golden.response_start
+    masks_BP = golden.trlx_mask_BT[:, :start].bool()
+    prompts = [ids_P[mask_P].tolist() for ids_P, mask_P in zip(golden.ids_BT[:, :start], masks_BP, strict=True)]
+    batch = join(prompts, golden.ids_BT[:, start:].tolist(), device=golden.ids_BT.device)
+    return actor.trunk_states(batch.packed), batch.packed, batch.tokens_K
 
 
 def recorded_losses(golden: Golden, output: ActorOutput) -> tuple[Tensor, Tensor, dict, dict]:
     hyper, arrays = golden.case["hyper"], golden.arrays
     policy, policy_stats = policy_loss(
-        output.logprobs_BR,
+        output.logprobs_SR,
         arrays["old_logprobs"],
         arrays["advantages_whitened"],
         golden.loss_mask_BR,
         clip=hyper["cliprange"],
     )
     value, value_stats = value_loss(
-        output.values_BR,
+        output.values_SR,
         arrays["old_values"],
         arrays["returns"],
         golden.loss_mask_BR,
@@ -144,16 +154,15 @@ def test_logprobs_and_values_under_the_recorded_weights(golden: Golden) -> None:
     """Up to EOS: past it no token counts, and trlX numbers the positions of padding differently."""
     output = run_actor(golden, load_actor(golden))
     counted_BR = golden.our_mask_BR
-    assert_close(output.logprobs_BR[counted_BR], golden.arrays["new_logprobs"][counted_BR])
-    assert_close(output.values_BR[counted_BR], golden.arrays["new_values"][counted_BR])
+    assert_close(output.logprobs_SR[counted_BR], golden.arrays["new_logprobs"][counted_BR])
+    assert_close(output.values_SR[counted_BR], golden.arrays["new_values"][counted_BR])
 
 
 def test_token_rewards_from_scores_and_the_reference_branch(golden: Golden) -> None:
     """The stored rewards hold -0.1 * (old logprobs - reference logprobs) and the clipped, scaled scores."""
     hyper, arrays = golden.case["hyper"], golden.arrays
     actor = load_actor(golden)
-    trunk_BTH = actor.trunk_states(golden.ids_BT, golden.trlx_mask_BT)
-    reference_BR = actor.reference_logprobs(trunk_BTH, golden.ids_BT, golden.trlx_mask_BT, golden.response_start)
+    reference_BR = actor.reference_logprobs(*inputs(golden, actor))
     clipped_B = arrays["raw_scores"][0].clamp(-hyper["cliprange_reward"], hyper["cliprange_reward"])
     _, deviation = RunningMoments().update(clipped_B)
     rewards_BR = token_rewards(

@@ -51,6 +51,7 @@ def test_a_fixed_controller_a_linear_schedule_and_all_layers(tmp_path: Path) -> 
         ("ppo.value_network=separate", {"value_network": "separate"}),
         ("ppo.lora.rank=4", {"lora": {"rank": 4}}),
         ("ppo.deepspeed=zero2", {"deepspeed": "zero2"}),
+        ("ppo.sampler=vllm", {"sampler": "vllm"}),
         ("ppo.reward_placement=dedicated", {"reward_placement": "dedicated"}),
         ("ppo.temperature=0.7", {"temperature": 0.7}),
         ("ppo.stop_kl=0.1", {"stop_kl": 0.1}),

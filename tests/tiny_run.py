@@ -91,9 +91,9 @@ def tiny_config(**changes: dict[str, Any]) -> Config:
     return Config.model_validate(sections)
 
 
-def ready_for_ppo(runs_dir: Path) -> Path:
+def ready_for_ppo(runs_dir: Path, shape: TinyModelConfig = SHAPE) -> Path:
     """A run that has all that PPO needs: the base model stands for SFT, a fresh head for the reward model."""
-    run_dir = fetched_run(runs_dir)
+    run_dir = fetched_run(runs_dir, shape)
     base = StageDir(run_dir, "fetch").final() / "base"
     tokenizer = load_tokenizer(base, key="base")
     for stage in ("sft", "reward"):

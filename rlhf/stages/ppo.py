@@ -9,7 +9,7 @@ One iteration, as in Ziegler et al. 2019, Stiennon et al. 2020 and Huang et al. 
  5. move the KL coefficient
  6. now and then: summarise held-out posts, keep the best policy, save
 
-Shapes: B rollouts, R response columns, T prompt and response columns.
+Shapes: B rollouts, R response columns, N tokens, K response tokens of a batch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rlhf.errors import StopRequested
 from rlhf.exchange import exchange, share_out
 from rlhf.experience import Experience, InHand
 from rlhf.losses import policy_loss, value_loss
+from rlhf.overlap import scoring_ahead
 from rlhf.oversight import Interrupted, Oversight
 from rlhf.ppo_evaluation import evaluate, is_best
 from rlhf.ppo_setup import PROMPTS, SAMPLING, SHUFFLE, Learner, build_learner, chances
@@ -78,6 +79,8 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
             train_to_end(learner, train, valid, metrics, progress, saver, Oversight(stop, watchdog))
         except Interrupted:
             leave(learner, saver)
+        finally:
+            learner.close()
     wait_for_all()
 
 
@@ -162,17 +165,17 @@ def sample(learner: Learner, rows: list[EnvironmentRow], watch: Stopwatch, overs
     """
     ppo, accelerator = learner.config.ppo, learner.accelerator
     places = share_out(len(rows), rank=accelerator.process_index, processes=accelerator.num_processes)
-    mine: list[Rollout] = []
-    with learner.strategy.whole():
+    with learner.strategy.whole(), scoring_ahead(learner.scorer, heed=oversight.heed) as score:
+        with watch("rollout"):
+            learner.sampler_ready()
+        begun = []
         for start in range(0, len(places), ppo.rollout_chunk):
             oversight.heed()
             chunk = places[start : start + ppo.rollout_chunk]
-            mine += learner.collector.collect(
-                [rows[place] for place in chunk],
-                chances_BR=chances(learner, chunk, SAMPLING, learner.iteration),
-                score=learner.scoring(oversight),
-                watch=watch,
-            )
+            chances_BR = chances(learner, chunk, SAMPLING, learner.iteration)
+            rows_of_chunk = [rows[place] for place in chunk]
+            begun.append(learner.collector.begin(rows_of_chunk, chances_BR=chances_BR, score=score, watch=watch))
+        mine = [rollout for finish in begun for rollout in finish()]
     with watch("experience"):
         return exchange(mine, rows, learner.device)
 
@@ -269,22 +272,24 @@ def optimise_minibatch(learner: Learner, experience: Experience, picked: Tensor)
     ppo, accelerator, strategy = learner.config.ppo, learner.accelerator, learner.strategy
     tokens = experience.mask_BR[picked].sum().double()
     totals: dict[str, Tensor] = {}
-    parts = picked[accelerator.process_index :: accelerator.num_processes].split(ppo.micro_batch_size)
+    # In the rollouts' order, by length: the parts are of like length, so that their attention has little padding.
+    mine = picked[accelerator.process_index :: accelerator.num_processes].sort().values
+    parts = mine.split(ppo.micro_batch_size)
     for part in parts:
-        batch, trunk_BTH = minibatch([experience.rollouts[i] for i in part.tolist()], pad_id=learner.collector.pad_id)
-        mask_BR = batch.response_mask_BR
+        batch, trunk_NH = minibatch([experience.rollouts[i] for i in part.tolist()])
+        mask_BR = batch.response_mask_SR
         columns = slice(0, mask_BR.shape[1])
         with strategy.micro_batch(last=part is parts[-1]):
-            output = ActorOutput(*strategy.model(trunk_BTH, batch.ids_BT, batch.mask_BT, batch.response_start))
+            output = ActorOutput(*strategy.model(trunk_NH, batch.packed, batch.tokens_K))
             policy, policy_stats = policy_loss(
-                output.logprobs_BR,
+                output.logprobs_SR,
                 experience.logprobs_BR[part, columns],
                 experience.advantages_BR[part, columns],
                 mask_BR,
                 clip=ppo.clip_ratio,
             )
             value, value_stats = value_loss(
-                output.values_BR,
+                output.values_SR,
                 experience.values_BR[part, columns],
                 experience.returns_BR[part, columns],
                 mask_BR,

@@ -22,6 +22,7 @@ def check_settings(config: Config, *, processes: int) -> None:
         ("ppo.value_network", ppo.value_network, "head"),
         ("ppo.lora.rank", ppo.lora.rank, None),
         ("ppo.deepspeed", ppo.deepspeed, None),
+        ("ppo.sampler", ppo.sampler, "builtin"),
         ("ppo.reward_placement", ppo.reward_placement, "colocated"),
         ("ppo.temperature", ppo.temperature, 1.0),
         ("ppo.stop_kl", ppo.stop_kl, None),
