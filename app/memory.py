@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from app.devices import free_bytes
 from rlhf.errors import RlhfError
+from rlhf.scoring import CPU_BATCH_TOKENS
 
 GIB = 2**30
 
@@ -22,11 +23,9 @@ ROOM_REMEDY = (
 )
 CACHE_BLOCK = 128
 """An engine sets the cache of a sequence aside in blocks of at most so many tokens."""
-HIDDEN_COPIES = 24
-"""Hidden states' worth of tensors alive in a block: the residual, q, k, v, and the wide MLP before, in and after
-its activation."""
-SCORE_BYTES = 12
-"""A token's attention to one other in one head: float32 weights before, in and after the softmax."""
+HIDDEN_COPIES = 20
+"""Hidden states' worth of tensors alive in a block: the residual, its norm, q, k, v, what the attention gives, and
+the wide MLP before, in and after its activation. GPT-J's is fused: 15, and 2 for padding in the attention's grid."""
 CHOICE_BYTES = 32
 """A vocabulary entry while a token is chosen: logits in float32, their softmax and its sums in float64."""
 
@@ -52,7 +51,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes that a model takes on a device: its weights, its key/value cache when full, and a pass over it."""
+    """Bytes that a model takes on a device: its weights, its key/value cache when full, and what work takes beside."""
 
     device: torch.device
     weights: int
@@ -69,14 +68,25 @@ def model_need(config: PretrainedConfig, parameters: int, workload: Workload) ->
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     token_cache = 2 * text.num_hidden_layers * key_value_heads * head_size * size
     columns = -(-workload.positions // CACHE_BLOCK) * CACHE_BLOCK
-    read = workload.batch_tokens * (HIDDEN_COPIES * text.hidden_size * size + SCORE_BYTES * heads * workload.positions)
+    cache = workload.sequences * columns * token_cache
+    # While the cache grows, one block's part of it is there twice; nothing is read meanwhile.
+    growth = cache // text.num_hidden_layers
     choice = workload.sequences * text.vocab_size * CHOICE_BYTES
     return Need(
         device=workload.device,
         weights=parameters * size,
-        cache=workload.sequences * columns * token_cache,
-        work=read + choice,
+        cache=cache,
+        work=max(_reading(workload, text.hidden_size), growth) + choice,
     )
+
+
+def _reading(workload: Workload, hidden: int) -> int:
+    """Bytes of a pass over batch_tokens."""
+    size, tokens = workload.dtype.itemsize, workload.batch_tokens
+    if workload.device.type == "cpu" and workload.sequences == 0:
+        tokens = max(min(tokens, CPU_BATCH_TOKENS), workload.positions)
+    # Attention keeps no weights, but a mask: a byte for each pair of tokens, and once more as a number.
+    return tokens * (HIDDEN_COPIES * hidden * size + (1 + size) * workload.positions)
 
 
 def total_need(needs: list[Need], *, beside: bool) -> dict[torch.device, int]:

@@ -1,9 +1,8 @@
 """What passes through a model need beside its weights, in bytes.
 
-Derived from what autograd keeps for each operation of a block as transformers writes it, and from what is alive at
-once inside one; docs/memory.md holds the derivation, tests/benchmarks/plan.py measures it.
-
-All functions speak of `rows` sequences of `tokens` tokens, padding included.
+Derived from what autograd keeps for each operation of a block, and from what is alive at once inside one;
+docs/memory.md holds the derivation, tests/benchmarks/plan.py measures it. GPT-J runs packed, in our own loop
+(rlhf.gptj); other families run padded, through transformers.
 """
 
 from __future__ import annotations
@@ -13,19 +12,22 @@ from dataclasses import dataclass
 from rlhf.model_shape import ELEMENTS_KEPT, ModelShape
 
 COLUMNS_AT_ONCE = 64
-"""The key/value cache grows in such steps (rlhf.kv_cache)."""
+"""A padded key/value cache grows in such steps (rlhf.kv_cache)."""
+CPU_BATCH_TOKENS = 1024
+"""A CPU scores no more at a time (rlhf.scoring)."""
+CPU_CHUNK, ACCELERATOR_CHUNK = 2**18, 2**23
+"""Numbers of a chunk of logits on its way through the softmax (rlhf.vocabulary)."""
+STEPS_WORTH_PACKING, MOST_PACKED_BYTES = 16, 2**29
+"""When a CPU writes with weights laid out once more (rlhf.block_linears)."""
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """In what a pass computes: width in bytes of a product's numbers, and whether autocast makes it so.
-
-    raises: autocast on CUDA computes powers in float32, on the CPU it does not.
-    """
+    """In what a pass computes: width in bytes of a product's numbers, and whether autocast makes it so."""
 
     width: int
     autocast: bool
-    raises: bool
+    device: str
 
     @property
     def norm_width(self) -> int:
@@ -33,35 +35,77 @@ class Numerics:
         return 4 if self.autocast else self.width
 
     @property
-    def eager_scores(self) -> int:
-        """Bytes an attention weight: float32, and under autocast or in half precision a copy in 16 bits."""
-        return 4 + (self.width if self.width < 4 else 0)
+    def raises(self) -> bool:
+        """Whether powers are float32: autocast on CUDA computes them so, on the CPU it does not."""
+        return self.autocast and self.device == "cuda"
+
+    @property
+    def chunk(self) -> int:
+        """Numbers of a chunk of logits."""
+        return ACCELERATOR_CHUNK if self.device == "cuda" else CPU_CHUNK
 
 
 def numerics(precision: str, *, autocast: bool, device: str) -> Numerics:
     """Of a network whose trained weights are float32 (autocast), or whose weights are all in `precision`."""
     width = 4 if precision == "float32" else 2
-    autocast = autocast and width < 4
-    return Numerics(width, autocast, raises=autocast and device == "cuda")
+    return Numerics(width, autocast and width < 4, device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through a model at once: rows of so many tokens each, side by side in the attention.
+
+    kept: tokens of a row whose final state is read. shared: a row holds several sequences that begin alike, so that
+    the attention needs a mask.
+    """
+
+    rows: int
+    tokens: int
+    kept: int
+    shared: bool = False
+
+    @property
+    def all_tokens(self) -> int:
+        """Of all rows."""
+        return self.rows * self.tokens
+
+    @property
+    def all_kept(self) -> int:
+        """Of all rows."""
+        return self.rows * self.kept
 
 
 def kept_by_block(
-    shape: ModelShape, form: Numerics, *, rows: int, tokens: int, adapted: tuple[str, ...] | None = None
+    shape: ModelShape, form: Numerics, batch: Batch, *, adapted: tuple[str, ...] | None = None, last: bool = False
 ) -> int:
     """What one block leaves for its backward pass.
 
-    adapted: names of the layers with adapters where all else is frozen; a frozen layer keeps no input.
+    adapted: names of the layers with adapters where all else is frozen; a frozen layer keeps no input. last: the last
+    block of a packed pass computes keys and values of all tokens, everything else of the kept ones.
     """
-    by_source: dict[str, list[int]] = {}
+    every = batch.all_tokens
+    read = batch.all_kept if last and shape.packed else every
+    kept = shape.residuals * shape.hidden * 4 * every
+    kept += _inputs_kept(shape, form, adapted, every=every, read=read, picked=last and shape.packed) * form.width
+    queries = shape.hidden if shape.packed else 0
+    kept += (every * (shape.attention_kept - queries) + read * queries) * form.width + read * 4 * shape.heads
+    if batch.shared or not shape.packed or last:  # a mask, turned into numbers for each block
+        kept += read * batch.tokens * form.width
+    return kept + read * _activation_kept(shape, form) * shape.ffn
+
+
+def _inputs_kept(
+    shape: ModelShape, form: Numerics, adapted: tuple[str, ...] | None, *, every: int, read: int, picked: bool
+) -> int:
+    """Elements that linear layers keep of what they read, the attention's output included."""
+    by_source: dict[tuple[str, int], list[int]] = {}
     for linear in shape.linears:
-        if adapted is None or linear.name in adapted:
-            by_source.setdefault(linear.source, []).append(linear.inputs)
+        # The attention keeps its own output, whether the layer that reads it does or not.
+        if adapted is None or linear.name in adapted or linear.source == "context":
+            tokens = every if not picked or linear.name in ("k_proj", "v_proj") else read
+            by_source.setdefault((linear.source, tokens), []).append(linear.inputs)
     # Autocast copies a norm's float32 output for each layer that reads it; else they keep the same tensor.
-    inputs = sum(sum(sizes) if form.autocast else max(sizes) for sizes in by_source.values())
-    token = shape.residuals * shape.hidden * 4 + (inputs + shape.attention_kept) * form.width
-    token += _activation_kept(shape, form) * shape.ffn
-    token += shape.heads * tokens * form.eager_scores if shape.eager else 4 * shape.heads + tokens * form.width
-    return rows * tokens * token
+    return sum(tokens * (sum(sizes) if form.autocast else max(sizes)) for (_, tokens), sizes in by_source.items())
 
 
 def _activation_kept(shape: ModelShape, form: Numerics) -> int:
@@ -71,70 +115,101 @@ def _activation_kept(shape: ModelShape, form: Numerics) -> int:
     return elements * form.width
 
 
-def forward_work(shape: ModelShape, form: Numerics, *, rows: int, tokens: int) -> int:
-    """The most that is alive at once inside one block, of what it does not leave behind."""
+def forward_work(shape: ModelShape, form: Numerics, batch: Batch) -> int:
+    """The most that is alive at once inside one block that leaves nothing behind, its input included."""
     hidden, width = shape.hidden, form.width
     before = hidden * (4 if form.autocast else width) + hidden * form.norm_width
-    if shape.eager:
-        raised = 2 * hidden * 4 if width < 4 else 0  # queries and keys in float32
-        attention = 3 * hidden * width + raised + 2 * shape.heads * tokens * 4
-    else:
-        attention = (shape.attention_kept + 2 * hidden) * width
+    if shape.packed:  # queries, keys, values, what the attention gives, that once more projected, and the wide part
+        return batch.all_tokens * (before + (5 * hidden + 2 * shape.ffn) * width) + _mask(shape, form, batch)
+    attention = (shape.attention_kept + 2 * hidden) * width
     if shape.activation == "gelu_new":
         mlp = shape.ffn * (2 * width + 8 if form.raises else 4 * width)
     else:
         mlp = shape.ffn * 3 * width
-    return rows * tokens * (before + max(attention, hidden * width + mlp))
+    return batch.all_tokens * (before + max(attention, hidden * width + mlp)) + _mask(shape, form, batch)
 
 
-def backward_work(shape: ModelShape, form: Numerics, *, rows: int, tokens: int) -> int:
+def _mask(shape: ModelShape, form: Numerics, batch: Batch) -> int:
+    """The attention's mask as numbers, while one block computes."""
+    return batch.all_tokens * batch.tokens * form.width * (batch.shared and shape.packed)
+
+
+def backward_work(shape: ModelShape, form: Numerics, batch: Batch) -> int:
     """The most that is alive at once inside one block's backward pass, beside all that the forward pass kept.
 
     The feed-forward part comes first; what it kept is gone when attention needs room.
     """
-    mlp = shape.ffn * (3 * 4 if form.raises else 3 * form.width)
-    attention = 2 * shape.heads * tokens * 4 if shape.eager else 3 * shape.hidden * form.width
-    attention -= shape.ffn * (_activation_kept(shape, form) + form.width)
-    return rows * tokens * (2 * 4 * shape.hidden + max(mlp, attention))
+    if shape.activation == "gelu_new":
+        wide = 3 * (4 if form.raises else form.width)
+    else:  # the wide gradients on both sides of the activation, less its output, which is gone by then
+        wide = form.width * (2 if shape.activation == "silu" else 1)
+    return batch.all_tokens * (2 * 4 * shape.hidden + wide * shape.ffn)
 
 
-def around_blocks(shape: ModelShape, *, rows: int, tokens: int) -> int:
-    """What is there beside the blocks: the mask [rows, 1, tokens, tokens] and the final norm's input and output."""
-    return rows * tokens * (4 * tokens + 2 * 4 * shape.hidden)
+def around_blocks(shape: ModelShape, batch: Batch) -> int:
+    """What is there beside the blocks: the mask and the final norm's input and output."""
+    if not shape.packed:
+        return batch.all_tokens * (4 * batch.tokens + 2 * 4 * shape.hidden)
+    mask = batch.all_kept * batch.tokens + batch.all_tokens * batch.tokens * batch.shared
+    return mask + batch.all_kept * 2 * 4 * shape.hidden
 
 
-def block_inputs(shape: ModelShape, *, rows: int, tokens: int) -> int:
+def block_inputs(shape: ModelShape, batch: Batch) -> int:
     """With gradient checkpointing, all that a block leaves: its input in float32."""
-    return rows * tokens * 4 * shape.hidden
+    return batch.all_tokens * 4 * shape.hidden
 
 
-def sft_loss(shape: ModelShape, *, rows: int, positions: int) -> int:
-    """Logits at the positions that count, at the most: log-softmax, its gradient, and the gradient of the loss."""
-    return 12 * rows * positions * shape.vocab
+def language_loss(shape: ModelShape, form: Numerics, *, positions: int, head_trained: bool) -> int:
+    """Logits at so many positions, at the most: with their softmax's chunks, with their gradient, or that gradient
+    with the LM head's, which autocast has in 16 bits first."""
+    numbers = positions * shape.vocab
+    chunk = 4 * min(form.chunk, numbers)
+    gradient = form.width * numbers + chunk * (form.width < 4)
+    head = (4 + form.width * form.autocast) * shape.vocab * shape.hidden if head_trained else 0
+    return form.width * numbers + max(2 * chunk, gradient, head)
 
 
-def ppo_loss(shape: ModelShape, form: Numerics, *, rows: int, response: int) -> int:
-    """Logits at the response: as they come, scaled, and four of float32 for the entropy."""
-    return (form.width + 4 + 4 * 4) * rows * response * shape.vocab
+def evaluated_logits(shape: ModelShape, form: Numerics, *, positions: int) -> int:
+    """Logits that need no gradient, and the chunks of their softmax."""
+    numbers = positions * shape.vocab
+    return form.width * numbers + 8 * min(form.chunk, numbers)
+
+
+def passing(shape: ModelShape, form: Numerics, batch: Batch) -> int:
+    """A pass without gradients."""
+    return forward_work(shape, form, batch) + around_blocks(shape, batch)
 
 
 def cache(shape: ModelShape, form: Numerics, *, rows: int, tokens: int) -> int:
     """Keys and values of every block."""
-    columns = -(-tokens // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
+    columns = tokens if shape.packed else -(-tokens // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
     return 2 * shape.layers * rows * columns * shape.kv_size * form.width
 
 
-def generation_work(shape: ModelShape, form: Numerics, *, rows: int, prompt: int, tokens: int) -> int:
+def generation_work(shape: ModelShape, form: Numerics, *, rows: int, prompt: int) -> int:
     """Beside the cache: one block's pass over the prompts, or choosing a token from float64 probabilities."""
-    prefill = forward_work(shape, form, rows=rows, tokens=prompt) + rows * prompt * (4 * prompt + 8 * shape.kv_size)
-    raised = rows * tokens * shape.kv_size * (8 if shape.eager else 0)  # one block's keys, in float32
-    return max(prefill, rows * shape.vocab * 24 + raised)
+    prefill = forward_work(shape, form, Batch(rows, prompt, kept=1))
+    if not shape.packed:
+        prefill += rows * prompt * (4 * prompt + 8 * shape.kv_size)
+    return max(prefill, rows * shape.vocab * 24)
+
+
+def written_weights(shape: ModelShape, form: Numerics, *, response: int) -> int:
+    """A CPU lays out the weights once more to write with them, where that pays (rlhf.block_linears)."""
+    if form.device == "cuda" or not shape.packed or form.width < 4 or response < STEPS_WORTH_PACKING:
+        return 0
+    block = sum(linear.inputs * linear.outputs for linear in shape.linears)
+    copies = 4 * (shape.layers * block + shape.vocab * shape.hidden)
+    return copies if copies <= MOST_PACKED_BYTES else 0
 
 
 def scoring_work(shape: ModelShape, form: Numerics, *, batch_tokens: int, tokens: int) -> int:
-    """A pass of the reward model over a batch of at most batch_tokens."""
-    rows = max(batch_tokens // tokens, 1)
-    return forward_work(shape, form, rows=rows, tokens=tokens) + around_blocks(shape, rows=rows, tokens=tokens)
+    """A pass of the reward model over a batch of at most batch_tokens, or over one sequence of so many tokens."""
+    if form.device != "cuda":
+        batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
+    if shape.packed:
+        return passing(shape, form, Batch(1, max(batch_tokens, tokens), kept=1))
+    return passing(shape, form, Batch(max(batch_tokens // tokens, 1), tokens, kept=tokens))
 
 
 def autocast_copies(numbers: int, form: Numerics) -> int:

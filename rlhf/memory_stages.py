@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from rlhf import memory_activations as memory
 from rlhf.config import RewardConfig, SftConfig
-from rlhf.memory_activations import Numerics
+from rlhf.memory_activations import Batch, Numerics
 from rlhf.memory_steps import MicroBatch, Phase, step_phases
 from rlhf.memory_strategy import FLOAT, MOMENTS, Parts
 from rlhf.memory_trained import (
@@ -23,6 +23,7 @@ from rlhf.memory_trained import (
     trained_reward,
     trained_sft,
 )
+from rlhf.vllm_limits import cache_tokens
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def sft_need(setting: Setting) -> Need:
     """Steps, and summaries of held-out posts."""
     config, shape, section = setting.config, setting.shape, setting.config.sft
     trained = trained_sft(setting)
-    positions = config.prompt.max_response_tokens if section.loss_on == "summary" else setting.tokens - 1
-    loss = memory.sft_loss(shape, rows=section.micro_batch_size, positions=positions)
-    phases = _steps(setting, section, trained, rows=section.micro_batch_size, loss=loss)
+    positions = config.prompt.max_response_tokens if section.loss_on == "summary" else setting.choosing_tokens
+    batch = Batch(section.micro_batch_size, setting.choosing_tokens, kept=positions)
+    phases = _steps(setting, section, trained, batch, positions=batch.all_kept)
     rows = min(config.evaluate.batch_size, -(-section.rouge_posts // setting.processes))
     phases += _gathering(resting_state(setting, trained))
     phases.append(Phase("summaries", resting_state(setting, trained) | _generating(setting, trained, rows=rows)))
@@ -61,7 +62,7 @@ def reward_need(setting: Setting) -> Need:
     """Steps, and the scores by which the model is shifted."""
     section, shape = setting.config.reward, setting.shape
     trained = trained_reward(setting)
-    phases = _steps(setting, section, trained, rows=2 * section.micro_batch_size, loss=0)
+    phases = _steps(setting, section, trained, _pairs(setting), positions=0)
     form = setting.form(autocast=True)
     scoring = memory.scoring_work(shape, form, batch_tokens=setting.config.prepare.batch_tokens, tokens=setting.tokens)
     copies = memory.autocast_copies(trained.matrices, form)
@@ -86,17 +87,20 @@ def ppo_need(setting: Setting) -> Need:
     form, response = setting.form(autocast=True), config.prompt.max_response_tokens
     chunk = min(ppo.rollout_chunk, -(-ppo.rollouts_per_iteration // setting.processes))
     copies = memory.autocast_copies(trained.matrices, form)
-    trunk = setting.tokens * shape.hidden * setting.width * (ppo.unfrozen_layers != "all")
+    trunk = _trunk_bytes(setting)
     kept: Parts = {"rollouts": ppo.rollouts_per_iteration * trunk}
-    passing = memory.forward_work(shape, form, rows=chunk, tokens=setting.tokens)
-    passing += memory.around_blocks(shape, rows=chunk, tokens=setting.tokens) + chunk * trunk
-    logits = memory.ppo_loss(shape, form, rows=chunk, response=response)
-    phases = [
-        Phase("rollouts", resting | kept | _generating(setting, trained, rows=chunk)),
-        Phase("likelihoods", resting | kept | {"precision copies": copies, "activations": passing, "logits": logits}),
-    ]
+    logits = memory.evaluated_logits(shape, form, positions=chunk * response)
+    passing = memory.passing(shape, form, Batch(chunk, setting.choosing_tokens, kept=response))
+    looking: Parts = {"precision copies": copies, "activations": chunk * trunk + max(passing, logits)}
     scoring = _scoring(setting, config.prepare.batch_tokens)
-    if ppo.reward_placement == "colocated":
+    colocated = ppo.reward_placement == "colocated"
+    # A GPU scores a chunk while the next one is written (rlhf.overlap).
+    beside: Parts = {"scoring": scoring["activations"]} if colocated and setting.device == "cuda" else {}
+    phases = [
+        Phase("rollouts", resting | kept | beside | _sampling(setting, trained, rows=chunk)),
+        Phase("likelihoods", resting | kept | beside | looking),
+    ]
+    if colocated:
         phases.append(Phase("scores", resting | kept | scoring))
     phases += _gathering(resting)
     steps = _ppo_steps(setting, trained)
@@ -114,13 +118,12 @@ def evaluate_need(setting: Setting) -> Need:
     config, shape = setting.config, setting.shape
     section, form, response = config.evaluate, setting.form(autocast=False), config.prompt.max_response_tokens
     policy: Parts = {"weights": setting.width * shape.policy_numbers}
-    rows, tokens = section.batch_size, setting.tokens
-    passing = memory.forward_work(shape, form, rows=rows, tokens=tokens)
-    passing += memory.around_blocks(shape, rows=rows, tokens=tokens)
-    logits = (form.width + 12) * rows * (response + 1) * shape.vocab
+    rows = section.batch_size
+    passing = memory.passing(shape, form, Batch(rows, setting.choosing_tokens, kept=response))
+    logits = memory.evaluated_logits(shape, form, positions=rows * response)
     phases = (
-        Phase("summaries", policy | _cache_and_work(setting, form, rows=rows)),
-        Phase("likelihoods", policy | {"activations": passing, "logits": logits}),
+        Phase("summaries", policy | _written(setting, form) | _cache_and_work(setting, form, rows=rows)),
+        Phase("likelihoods", policy | {"activations": max(passing, logits)}),
         Phase(
             "scores",
             {"reward model": setting.width * shape.reward_numbers} | _scoring(setting, section.batch_tokens),
@@ -140,30 +143,60 @@ NEEDS: dict[str, Callable[[Setting], Need]] = {
 
 
 def _beside_policy(setting: Setting, trained: Trained) -> Parts:
-    """Reference and reward model, both frozen, on the policy's device."""
+    """Reference and reward model, both frozen, and vLLM where it samples, on the policy's device."""
     parts: Parts = {}
     if setting.strategy.stage < 3:
         parts["reference"] = trained.reference_bytes
     if setting.config.ppo.reward_placement == "colocated":
         parts["reward model"] = setting.width * setting.shape.reward_numbers
+    if setting.config.ppo.sampler == "vllm":
+        parts |= _vllm(setting)
     return parts
 
 
+def _vllm(setting: Setting) -> Parts:
+    """vLLM's copy of the policy, whose head is never tied, and its keys and values; it keeps both all the time."""
+    config, shape = setting.config, setting.shape
+    numbers = shape.policy_numbers + shape.vocab * shape.hidden * shape.tied
+    tokens = cache_tokens(config.ppo.rollout_chunk, config.prompt.max_sequence_tokens)
+    cache = 2 * shape.layers * shape.kv_size * tokens
+    return {"vLLM's weights": setting.width * numbers, "vLLM's kv cache": setting.width * cache}
+
+
 def _steps(
-    setting: Setting, section: SftConfig | RewardConfig, trained: Trained, *, rows: int, loss: int
+    setting: Setting, section: SftConfig | RewardConfig, trained: Trained, batch: Batch, *, positions: int
 ) -> list[Phase]:
     """The moments of an optimiser step of SFT or the reward model."""
     accumulates = section.batch_size > section.micro_batch_size * setting.processes
-    return step_phases(setting, trained, MicroBatch(rows, loss, section.gradient_checkpointing, accumulates))
+    return step_phases(setting, trained, MicroBatch(batch, positions, section.gradient_checkpointing, accumulates))
+
+
+def _pairs(setting: Setting) -> Batch:
+    """Of the reward model: packed, a row is a prompt with both its summaries; padded, each summary has one."""
+    section, prompt = setting.config.reward, setting.config.prompt
+    if not setting.shape.packed:
+        return Batch(2 * section.micro_batch_size, setting.tokens, kept=setting.tokens)
+    kept = 1 if section.loss == "last" else prompt.max_response_tokens
+    tokens = prompt.max_prompt_tokens + 2 * prompt.max_response_tokens
+    return Batch(section.micro_batch_size, tokens, kept=2 * kept, shared=True)
+
+
+def _trunk_bytes(setting: Setting) -> int:
+    """The trunk's states of one rollout; without a trunk there are none."""
+    states = setting.choosing_tokens * setting.shape.hidden * setting.width
+    return states * (setting.config.ppo.unfrozen_layers != "all")
 
 
 def _ppo_steps(setting: Setting, trained: Trained) -> list[Phase]:
     """The moments of PPO's optimiser step; a micro-batch divides a process's share of the minibatch."""
-    ppo, form, response = setting.config.ppo, setting.form(autocast=True), setting.config.prompt.max_response_tokens
+    ppo, response = setting.config.ppo, setting.config.prompt.max_response_tokens
     share = max(ppo.minibatch_size // setting.processes, 1)
     rows = math.gcd(share, ppo.micro_batch_size)
-    loss = memory.ppo_loss(setting.shape, form, rows=rows, response=response)
-    return step_phases(setting, trained, MicroBatch(rows, loss, checkpointing=False, accumulates=share > rows))
+    batch = Batch(rows, setting.choosing_tokens, kept=response)
+    # The trunk's states of the micro-batch are put together; in float32 the first block keeps just these.
+    entering = rows * _trunk_bytes(setting) * (setting.width < FLOAT)
+    micro = MicroBatch(batch, batch.all_kept, checkpointing=False, accumulates=share > rows, entering=entering)
+    return step_phases(setting, trained, micro)
 
 
 def _gathering(resting: Parts) -> list[Phase]:
@@ -175,13 +208,25 @@ def _gathering(resting: Parts) -> list[Phase]:
 
 def _generating(setting: Setting, trained: Trained, *, rows: int) -> Parts:
     form = setting.form(autocast=True)
-    copies = memory.autocast_copies(trained.matrices, form)
-    return {"precision copies": copies} | _cache_and_work(setting, form, rows=rows)
+    copies: Parts = {"precision copies": memory.autocast_copies(trained.matrices, form)}
+    if trained.adapted is None:  # layers with adapters are called as they are
+        copies |= _written(setting, form)
+    return copies | _cache_and_work(setting, form, rows=rows)
+
+
+def _written(setting: Setting, form: Numerics) -> Parts:
+    copies = memory.written_weights(setting.shape, form, response=setting.config.prompt.max_response_tokens)
+    return {"written weights": copies} if copies else {}
+
+
+def _sampling(setting: Setting, trained: Trained, *, rows: int) -> Parts:
+    """What PPO's rollouts take beside what is always there; of vLLM that is activations of a few hundred megabytes."""
+    return {} if setting.config.ppo.sampler == "vllm" else _generating(setting, trained, rows=rows)
 
 
 def _cache_and_work(setting: Setting, form: Numerics, *, rows: int) -> Parts:
     shape, prompt = setting.shape, setting.config.prompt.max_prompt_tokens
-    work = memory.generation_work(shape, form, rows=rows, prompt=prompt, tokens=setting.tokens)
+    work = memory.generation_work(shape, form, rows=rows, prompt=prompt)
     return {"kv cache": memory.cache(shape, form, rows=rows, tokens=setting.tokens), "activations": work}
 
 

@@ -36,6 +36,11 @@ class Setting:
         return self.config.prompt.max_sequence_tokens
 
     @property
+    def choosing_tokens(self) -> int:
+        """Of them those after which a token is chosen; the last one of a response goes through no causal LM."""
+        return self.tokens - 1
+
+    @property
     def width(self) -> int:
         """Bytes of a frozen weight."""
         return 4 if self.config.runtime.precision == "float32" else 2
@@ -47,9 +52,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stage trains. numbers: parameters; matrices: those that autocast copies; blocks: that keep activations.
+    """What a stage trains.
 
-    frozen_bytes: of the same network; reference_bytes: of PPO's frozen copy. whole: parameters of the network.
+    numbers: parameters; matrices: those that autocast copies; blocks: that keep activations, of so many networks.
+    frozen_bytes: of the same network; reference_bytes: of PPO's frozen copy; idle_bytes: of those of both that no
+    training step runs through. whole: parameters of the network.
     """
 
     numbers: int
@@ -59,6 +66,8 @@ class Trained:
     whole: int
     adapted: tuple[str, ...] | None = None
     reference_bytes: int = 0
+    networks: int = 1
+    idle_bytes: int = 0
 
 
 def adapter_numbers(shape: ModelShape, lora: LoraConfig, *, layers: int) -> int:
@@ -107,11 +116,12 @@ def trained_ppo(setting: Setting) -> tuple[Trained, int]:
     value = shape.reward_numbers if separate else 2 * shape.hidden * (shape.hidden + 2) + 1
     value_matrices = shape.layers * shape.matrix_numbers if separate else 0
     top = shape.layers if ppo.unfrozen_layers == "all" else min(ppo.unfrozen_layers, shape.layers)
-    kept = top + (shape.layers if separate else 0)
+    kept, networks = top + (shape.layers if separate else 0), 1 + separate
     if ppo.lora.rank is not None:
         found = _trained_adapters(setting, ppo.lora, also=0, layers=top, whole=shape.policy_numbers)
         matrices, frozen, whole = found.matrices + value_matrices, found.frozen_bytes, found.whole + value
-        return Trained(found.numbers + value, matrices, kept, frozen, whole, ppo.lora.targets), value
+        numbers = found.numbers + value
+        return Trained(numbers, matrices, kept, frozen, whole, ppo.lora.targets, networks=networks), value
     if ppo.unfrozen_layers == "all":
         policy, still = shape.policy_numbers, 0
     else:
@@ -119,7 +129,9 @@ def trained_ppo(setting: Setting) -> tuple[Trained, int]:
         still = shape.embedding_numbers + (shape.layers - top) * shape.block_numbers
     matrices = top * shape.matrix_numbers + shape.head_numbers + value_matrices
     width, whole = setting.width, policy + still + value
-    return Trained(policy + value, matrices, kept, width * still, whole, reference_bytes=width * policy), value
+    reference = width * policy
+    idle = width * still + reference
+    return Trained(policy + value, matrices, kept, width * still, whole, None, reference, networks, idle), value
 
 
 def state_of(setting: Setting, trained: Trained) -> tuple[Parts, Parts]:

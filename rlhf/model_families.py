@@ -27,6 +27,9 @@ GPT_J_6B = {
 }
 """config.json of EleutherAI/gpt-j-6b, as far as a shape needs it: 6,050,882,784 parameters."""
 
+TANH_GELU = {"gelu_new": "gelu_pytorch_tanh"}
+"""Of GPT-J: torch's fused GELU stands in for transformers' steps (rlhf.gptj)."""
+
 PUBLISHED = {"eleutherai/gpt-j-6b": GPT_J_6B}
 
 
@@ -133,6 +136,7 @@ def _gptj(settings: _Settings, name: str) -> ModelShape:
     hidden, layers = settings.number("n_embd", "hidden_size"), settings.number("n_layer", "num_hidden_layers")
     ffn, vocab = settings.number("n_inner", default=4 * hidden), settings.number("vocab_size")
     positions = settings.number("n_positions", default=2048)
+    activation = settings.word("activation_function", default="gelu_new")
     linears = (
         *(Linear(f"{part}_proj", hidden, hidden, False, "norm") for part in "qkv"),
         Linear("out_proj", hidden, hidden, False, "context"),
@@ -142,8 +146,8 @@ def _gptj(settings: _Settings, name: str) -> ModelShape:
     return ModelShape(
         name, "gptj", layers, hidden, settings.number("n_head", "num_attention_heads"), hidden, ffn, vocab, positions,
         settings.flag("tie_word_embeddings", False), linears, norm_numbers=2 * hidden, final_norm=2 * hidden,
-        position_numbers=0, head_bias=True, activation=settings.word("activation_function", default="gelu_new"),
-        residuals=1, attention_kept=3 * hidden, eager=True,
+        position_numbers=0, head_bias=True, activation=TANH_GELU.get(activation, activation),
+        residuals=1, attention_kept=3 * hidden, packed=True,
         buffer_numbers=layers * positions * settings.number("rotary_dim", default=hidden),
     )  # fmt: skip
 
@@ -162,7 +166,7 @@ def _gpt2(settings: _Settings, name: str) -> ModelShape:
         settings.number("vocab_size"), positions, settings.flag("tie_word_embeddings", True), linears,
         norm_numbers=4 * hidden, final_norm=2 * hidden, position_numbers=positions * hidden, head_bias=False,
         activation=settings.word("activation_function", default="gelu_new"),
-        residuals=2, attention_kept=3 * hidden, eager=False,
+        residuals=2, attention_kept=3 * hidden, packed=False,
     )  # fmt: skip
 
 
@@ -180,7 +184,7 @@ def _gpt_neox(settings: _Settings, name: str) -> ModelShape:
         ffn, settings.number("vocab_size"), settings.number("max_position_embeddings", default=2048),
         settings.flag("tie_word_embeddings", False), linears, norm_numbers=4 * hidden, final_norm=2 * hidden,
         position_numbers=0, head_bias=False, activation=settings.word("hidden_act", default="gelu"),
-        residuals=1 if settings.flag("use_parallel_residual", True) else 2, attention_kept=6 * hidden, eager=False,
+        residuals=1 if settings.flag("use_parallel_residual", True) else 2, attention_kept=6 * hidden, packed=False,
     )  # fmt: skip
 
 
@@ -206,7 +210,7 @@ def _llama(family: Literal["llama", "mistral", "qwen2"]) -> Callable[[_Settings,
             settings.number("vocab_size"), settings.number("max_position_embeddings", default=2048),
             settings.flag("tie_word_embeddings", False), linears, norm_numbers=2 * hidden, final_norm=hidden,
             position_numbers=0, head_bias=False, activation=settings.word("hidden_act", default="silu"),
-            residuals=4, attention_kept=3 * inner, eager=False,
+            residuals=4, attention_kept=3 * inner, packed=False,
         )  # fmt: skip
 
     return build

@@ -32,8 +32,8 @@ class ModelShape:
     """A decoder of equal blocks.
 
     residuals: tensors of width `hidden` that a block keeps in float32 for its norms' backward pass. attention_kept:
-    elements a token that attention keeps in the precision of computation, without weights and context. eager: its
-    attention weights are kept whole, [heads, tokens, tokens] a row. norm_numbers: parameters of a block's norms.
+    elements a token that attention keeps in the precision of computation, without its output. packed: it runs in our
+    own loop, without padding (rlhf.gptj), not in transformers'. norm_numbers: parameters of a block's norms.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ModelShape:
     activation: str
     residuals: int
     attention_kept: int
-    eager: bool
+    packed: bool
     buffer_numbers: Numbers = 0
 
     @property

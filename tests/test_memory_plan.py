@@ -26,16 +26,21 @@ from transformers import (
     Qwen2Config,
 )
 
+from rlhf import block_linears, kv_cache, memory_activations, scoring, vocabulary
 from rlhf.checkpoint import CONFIG_FILE
 from rlhf.config import Config, LoraConfig, ModelConfig
 from rlhf.console import Parser
 from rlhf.errors import ConfigError, UsageError
-from rlhf.memory_activations import cache, kept_by_block, numerics
+from rlhf.forward import hidden_states
+from rlhf.gptj import use_fused_attention
+from rlhf.memory_activations import Batch, around_blocks, autocast_copies, cache, kept_by_block, numerics
 from rlhf.memory_advice import advise, changed
 from rlhf.memory_plan import Machine, other_strategies, plan_run, plan_stage
 from rlhf.memory_strategy import read_strategy, training_state
 from rlhf.memory_trained import adapter_numbers
 from rlhf.model_families import GPT_J_6B, find_shape, shape_of
+from rlhf.model_shape import ModelShape
+from rlhf.packing import Packed, pack, pack_groups
 from rlhf.plan_command import add_plan_command, parse_size
 from rlhf.presets import load_config
 from tests.benchmarks import plan_traced
@@ -87,33 +92,71 @@ def test_gpt_j_6b_has_its_published_number_of_parameters() -> None:
 @pytest.mark.parametrize("kind", ["gptj", "gpt2", "gpt_neox", "llama"])
 def test_a_block_keeps_what_autograd_saves(kind: str, precision: str) -> None:
     rows, tokens = 2, 80
-    saved = [saved_bytes(model_config(kind, layers), rows, tokens, precision) for layers in (1, 2)]
+    # The other families' rows are padded, so that they need a mask.
+    packed = pack([[1] * tokens, [1] * (tokens - 5 * (kind != "gptj"))], keep=4)
+    saved = [saved_bytes(model_config(kind, layers), packed, precision) for layers in (1, 2)]
     shape = shape_of(model_config(kind, 1).to_dict(), name=kind)
     form = numerics(precision, autocast=True, device="cpu")
-    copies = shape.matrix_numbers * (form.width if form.autocast else 0)
-    kept = kept_by_block(shape, form, rows=rows, tokens=tokens)
+    kept = kept_by_block(shape, form, Batch(rows, tokens, kept=4))
     # Means of norms, rotary tables and biases, which only count at a width of 96, are left out.
-    assert kept == pytest.approx(saved[1] - saved[0] - copies, rel=0.04)
+    assert kept == pytest.approx(saved[1] - saved[0] - autocast_copies(shape.matrix_numbers, form), rel=0.04)
 
 
-def saved_bytes(config: PretrainedConfig, rows: int, tokens: int, precision: str) -> int:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_last_block_keeps_little_of_tokens_that_are_not_read(precision: str) -> None:
+    shape, form = (
+        shape_of(model_config("gptj", 1).to_dict(), name="gptj"),
+        numerics(precision, autocast=True, device=""),
+    )
+    saved = saved_bytes(model_config("gptj", 1), pack([[1] * 80] * 2, keep=30), precision)
+    batch = Batch(2, 80, kept=30)
+    kept = kept_by_block(shape, form, batch, last=True) + around_blocks(shape, batch)
+    # Of the final norm only the input is saved, and rotations are left out.
+    assert kept - 2 * 30 * 4 * 96 == pytest.approx(saved - autocast_copies(shape.matrix_numbers, form), rel=0.04)
+
+
+def test_blocks_keep_the_mask_of_pairs_that_share_their_prompt() -> None:
+    shape, form = (
+        shape_of(model_config("gptj", 1).to_dict(), name="gptj"),
+        numerics("float32", autocast=True, device=""),
+    )
+    packed = pack_groups([[1] * 60] * 2, [[[1] * 10, [2] * 10]] * 2, keep=1)
+    saved = [saved_bytes(model_config("gptj", layers), packed, "float32") for layers in (1, 2)]
+    alone, shared = (kept_by_block(shape, form, Batch(2, 80, kept=2, shared=pair)) for pair in (False, True))
+    assert shared - alone == 2 * 80 * 80 * 4
+    assert shared == pytest.approx(saved[1] - saved[0], rel=0.04)
+
+
+def packed_shape() -> ModelShape:
+    return shape_of(model_config("gptj", 1).to_dict(), name="gptj")
+
+
+def saved_bytes(config: PretrainedConfig, packed: Packed, precision: str) -> int:
     """Bytes of what the backbone's forward pass saves for backward, beside its weights."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=None).train()
+    use_fused_attention(model)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Tensor] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids_BT, mask_BT = torch.ones(2, rows, tokens, dtype=torch.long)
-    mask_BT[0, -5:] = 0
-    positions_BT = torch.arange(tokens).expand(rows, tokens)
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half:
-        output = model.base_model(ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False)
-    assert output is not None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
+        hidden_KH = hidden_states(model.base_model, packed)
+    assert hidden_KH.requires_grad
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+
+
+def test_constants_are_those_of_the_code_that_is_planned() -> None:
+    """The planner does without torch, so it cannot import them."""
+    planned = memory_activations
+    assert planned.CPU_BATCH_TOKENS == scoring.CPU_BATCH_TOKENS
+    assert (planned.CPU_CHUNK, planned.ACCELERATOR_CHUNK) == (vocabulary.CPU_CHUNK, vocabulary.ACCELERATOR_CHUNK)
+    assert planned.STEPS_WORTH_PACKING == block_linears.STEPS_WORTH_PACKING
+    assert planned.MOST_PACKED_BYTES == block_linears.MOST_PACKED_BYTES
+    assert planned.COLUMNS_AT_ONCE == kv_cache.COLUMNS_AT_ONCE
 
 
 def test_replicas_take_sixteen_bytes_a_parameter() -> None:
@@ -149,8 +192,10 @@ def test_a_deepspeed_file_of_ones_own_is_read(tmp_path: Path) -> None:
 
 def test_cache_and_adapters_by_hand() -> None:
     form = numerics("bfloat16", autocast=True, device="cuda")
-    # Keys and values of 28 blocks, 16 rows, 550 tokens rounded up to 576 columns, 4096 wide, 2 bytes each.
-    assert cache(BIG, form, rows=16, tokens=550) == 4_227_858_432
+    # Keys and values of 28 blocks, 16 rows, 550 tokens, 4096 wide, 2 bytes each.
+    assert cache(BIG, form, rows=16, tokens=550) == 4_037_017_600
+    # A padded cache of 2 blocks, 2 rows, 65 columns rounded up to 128, 2 of 4 heads of 24 numbers.
+    assert cache(shape_of(model_config("llama", 2).to_dict(), name="x"), form, rows=2, tokens=65) == 98_304
     # q_proj and v_proj of 28 blocks: rank 8 times (4096 + 4096), twice.
     assert adapter_numbers(BIG, LoraConfig(rank=8), layers=28) == 3_670_016
 
@@ -300,3 +345,19 @@ def test_sizes_have_units() -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, rlhf.plan_text, rlhf.plan_command, rlhf.memory_advice; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_vllm_keeps_a_copy_of_the_policy_and_a_cache_beside_the_training() -> None:
+    def phases(sampler: str) -> dict[str, dict[str, int]]:
+        config = load_config("gptj-6b", ["runtime.precision=bfloat16", f"ppo.sampler={sampler}"])
+        need = plan_stage("ppo", config, BIG, Machine(nodes=1, gpus=1, gpu_memory=80 * GB)).need
+        return {phase.name: phase.parts for phase in need.phases}
+
+    plain, copied = phases("builtin"), phases("vllm")
+    # 16 sequences of 550 tokens in 5 blocks of 128 each, and an empty block; 28 layers, keys and values of 4096.
+    kept = {"vLLM's weights": 2 * 6_050_882_784, "vLLM's kv cache": 2 * (16 * 5 + 1) * 128 * 2 * 28 * 4096}
+    assert (
+        copied.pop("rollouts").keys()
+        == (plain.pop("rollouts").keys() - {"kv cache", "activations", "precision copies"}) | kept.keys()
+    )
+    assert copied == {name: parts | kept for name, parts in plain.items()}

@@ -117,8 +117,8 @@ def test_the_need_of_a_policy_by_hand() -> None:
     # 2 blocks of 2 heads of 16 numbers: keys and values of a token are 2 * 2 * 32 = 128 numbers.
     need = model_need(tiny_policy().config, 41988, workload(3))
     assert (need.weights, need.cache) == (41988 * 4, 3 * 128 * 128 * 4)  # 120 positions take a block of 128
-    # 1,000 tokens: 24 * 32 numbers of the block, and in each of 2 heads 120 others at 12 bytes; 3 rows of 260 logits.
-    assert need.work == 1000 * (24 * 32 * 4 + 2 * 120 * 12) + 3 * 260 * 32
+    # 1,000 tokens: 20 * 32 numbers of the block, and a mask over 120 others at 5 bytes; 3 rows of 260 logits.
+    assert need.work == 1000 * (20 * 32 * 4 + 120 * 5) + 3 * 260 * 32
     assert model_need(tiny_policy().config, 41988, workload(3, torch.bfloat16)).cache == need.cache / 2
 
 
@@ -127,7 +127,22 @@ def test_shared_key_value_heads_shrink_the_cache_and_a_reward_model_has_none() -
     assert model_need(tiny_llama().config, 1, workload(1)).cache == 128 * 2 * 2 * 16 * 4
     reward = model_need(tiny_llama().config, 1, workload(0))
     assert reward.cache == 0
-    assert reward.work > 0
+    assert reward.work == 1000 * (20 * 32 * 4 + 120 * 5)
+
+
+def test_a_cpu_scores_no_more_than_its_caches_hold() -> None:
+    def work(positions: int) -> int:
+        task = Workload(device=CPU, dtype=torch.float32, sequences=0, positions=positions, batch_tokens=16384)
+        return model_need(tiny_llama().config, 1, task).work
+
+    assert work(120) == 1024 * (20 * 32 * 4 + 120 * 5)
+    assert work(2000) == 2000 * (20 * 32 * 4 + 2000 * 5)  # a sequence that is longer goes alone
+
+
+def test_a_blocks_part_of_a_cache_that_grows_is_there_twice() -> None:
+    # Of 400 rows: more than reading 1,000 tokens takes.
+    need = model_need(tiny_policy().config, 1, workload(400))
+    assert need.work == need.cache // 2 + 400 * 260 * 32
 
 
 def test_needs_add_up_by_device_and_pass_through_the_machine() -> None:
