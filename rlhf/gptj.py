@@ -10,6 +10,7 @@ Source of the architecture: EleutherAI's mesh-transformer-jax; attention and MLP
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, GPTJModel, PreTrainedModel
 from transformers.models.gptj.modeling_gptj import GPTJMLP, GPTJAttention
 
+from rlhf.folded_norm import FoldedNorm, can_fold
 from rlhf.onednn import mlp
 from rlhf.packing import Grid, Packed
 
@@ -116,11 +118,14 @@ def packed_states(body: PreTrainedModel, packed: Packed, inputs_NH: Tensor | Non
 def _run_block(block: Any, hidden_NH: Tensor, turns: Tensor, packed: Packed) -> Tensor:
     """One block; of the last one, whose packed tells which tokens are kept, only their output: [K, H]."""
     attention: FusedAttention = block.attn
-    normed_NH = block.ln_1(hidden_NH)
-    key_NhD = attention.turned(attention.k_proj(normed_NH), turns)
-    value_NhD = attention.split(attention.v_proj(normed_NH))
+    readers = [attention.q_proj, attention.k_proj, attention.v_proj, block.mlp.fc_in]
+    folded = FoldedNorm(block.ln_1) if can_fold(block.ln_1, readers, hidden_NH) else None
+    normed_NH = block.ln_1(hidden_NH) if folded is None else folded.normalised(hidden_NH)
+    into: Callable[[Any, Tensor], Tensor] = _call if folded is None else folded.into
+    key_NhD = attention.turned(into(attention.k_proj, normed_NH), turns)
+    value_NhD = attention.split(into(attention.v_proj, normed_NH))
     hidden_KH, normed_KH = packed.pick(hidden_NH), packed.pick(normed_NH)
-    query_KhD = attention.turned(attention.q_proj(normed_KH), packed.pick(turns))
+    query_KhD = attention.turned(into(attention.q_proj, normed_KH), packed.pick(turns))
     kept = packed.kept
     queries, seen = (packed.tokens, packed.seen_B1TT) if kept is None else (kept.queries, kept.seen_B1QT)
     mixed_BhQD = attend(
@@ -130,9 +135,17 @@ def _run_block(block: Any, hidden_NH: Tensor, turns: Tensor, packed: Packed) -> 
         seen=seen,
     )
     mixed_KH = queries.gather(mixed_BhQD.transpose(1, 2)).flatten(1)
-    widened_KH = mlp(block.mlp.fc_in, block.mlp.act, block.mlp.fc_out, normed_KH)
+    if folded is None:
+        widened_KH = mlp(block.mlp.fc_in, block.mlp.act, block.mlp.fc_out, normed_KH)
+    else:
+        widened_KH = block.mlp.fc_out(block.mlp.act(into(block.mlp.fc_in, normed_KH)))
     output: Tensor = attention.out_proj(mixed_KH) + widened_KH + hidden_KH
     return output
+
+
+def _call(layer: nn.Module, entering: Tensor) -> Tensor:
+    given: Tensor = layer(entering)
+    return given
 
 
 def _side_by_side(grid: Grid, entries: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ SERVICE = REPOSITORY / "app"
 # What the service may use of the pipeline: models, data formats and the machine, but no training.
 SERVED = {
     "cgroups", "checkpoint", "config", "config_reference", "console", "errors", "generation", "model_files", "models",
-    "pipeline", "presets", "prompt", "runtime", "sampling", "scoring", "sequences", "slots", "storage", "telemetry", "tokenizer",
-    "vllm_engine", "weights",
+    "pipeline", "presets", "prompt", "runtime", "sampling", "scoring", "sequences", "slots", "storage", "telemetry",
+    "tokenizer", "vllm_engine", "weights",
 }  # fmt: skip
 
 # A module may import from its own line and the lines above it.
@@ -26,6 +26,7 @@ LAYERS = (
     {"errors", "synthetic_wording", "processes", "gpus", "cgroups", "triton_cache", "quoting", "broken_texts", "step"},
     {"config", "console", "storage", "stopping", "service_client"},
     {"lease", "watchdog", "vllm_limits", "packing", "onednn", "deepspeed_settings", "weights"},
+    {"folded_norm"},
     {"checkpoint", "skeleton", "gptj", "weight_reading"},
     {"model_shape", "memory_strategy"},
     {"model_families", "memory_activations"},
