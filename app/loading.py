@@ -190,7 +190,7 @@ def _load_reward(plan: _Plan, settings: Settings, on_phase: Callable[[str], None
     tokenizer = _load_tokenizer(model)
     network = load_reward_model(model.directory, dtype=workload.dtype, device=workload.device)
     _settle(network, model)
-    scorer = Scorer(network, pad_id=tokenizer.pad_token_id, batch_tokens=settings.score_batch_tokens)
+    scorer = Scorer(network, batch_tokens=settings.score_batch_tokens)
     on_phase(f"warming up {model.name}")
     warm_up_scorer(scorer, tokenizer, max_tokens=model.max_prompt_tokens + model.max_new_tokens)
     logger.info("loaded model=%s step=%d path=%s", model.name, model.step, model.directory)

@@ -129,13 +129,13 @@ def score_summaries(
     inputs: Inputs, texts: Mapping[str, Sequence[str]], written: Mapping[str, Summaries]
 ) -> dict[str, Floats]:
     """The reward model's score of every summary, a value a post."""
-    config, tokenizer = inputs.config, inputs.tokenizer
+    config = inputs.config
     batch_tokens = config.evaluate.batch_tokens
 
     def load() -> Compute:
         device, dtype = choose_device(config.runtime), torch_dtype(config.runtime.precision)
         model = load_reward_model(inputs.finished["reward"], dtype=dtype, device=device)
-        scorer = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=batch_tokens)
+        scorer = Scorer(model, batch_tokens=batch_tokens)
         return lambda number, sequences: scorer.score(sequences).tolist()
 
     responses = token_responses(inputs, texts, written)

@@ -193,7 +193,7 @@ def build_learner(
         strategy,
         schedule,
         collector,
-        build_scorer(config, reward, tokenizer.pad_token_id, accelerator.device, stopped),
+        build_scorer(config, reward, accelerator.device, stopped),
         sft,
         tokenizer,
         kl_controller(ppo),
@@ -221,7 +221,7 @@ def build_actor(config: Config, sft: Path, reward: Path, device: torch.device) -
 
 
 def build_scorer(
-    config: Config, reward: Path, pad_id: int, device: torch.device, stopped: Callable[[], bool]
+    config: Config, reward: Path, device: torch.device, stopped: Callable[[], bool]
 ) -> Scorer | RemoteScorer:
     """The reward model where `ppo.reward_placement` says; device is the policy's."""
     placement = config.ppo.reward_placement
@@ -232,7 +232,7 @@ def build_scorer(
         dtype=torch_dtype(config.runtime.precision),
         device=scorer_device(placement, device, process_count()),
     )
-    return Scorer(model, pad_id=pad_id, batch_tokens=config.prepare.batch_tokens)
+    return Scorer(model, batch_tokens=config.prepare.batch_tokens)
 
 
 def load_weights(actor: ActorCritic, directory: Path) -> None:

@@ -87,7 +87,7 @@ class Scorer:
     each other on the device only; the host waits once, for the scores.
     """
 
-    def __init__(self, model: PreTrainedModel, *, pad_id: int, batch_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, batch_tokens: int) -> None:
         """batch_tokens bounds the tokens computed at a time; a longer sequence goes alone. On a CPU fewer will do."""
         self._model = model
         self._framing = framing_of(model.config)

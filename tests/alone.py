@@ -37,7 +37,7 @@ class Alone:
             name: BuiltinEngine(load_policy(run_dir / name / "final"), eos_id=eos_id, pad_id=pad_id)
             for name in ("sft", "ppo")
         }
-        self._scorer = Scorer(load_reward_model(run_dir / "reward" / "final"), pad_id=pad_id, batch_tokens=10_000)
+        self._scorer = Scorer(load_reward_model(run_dir / "reward" / "final"), batch_tokens=10_000)
 
     def prompt(self, post: Post) -> EncodedPrompt:
         return encode_prompt(self.tokenizer, post, max_tokens=MAX_PROMPT_TOKENS)

@@ -326,7 +326,7 @@ def test_what_is_written_for_a_post_is_scored_together(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(passes.Scorer, "score", score)
     run(config("evaluate.batch_tokens=600"), run_dir)
-    alone = passes.Scorer(passes.load_reward_model(run_dir / "reward" / "final"), pad_id=0, batch_tokens=1)
+    alone = passes.Scorer(passes.load_reward_model(run_dir / "reward" / "final"), batch_tokens=1)
     with (StageDir(run_dir, "evaluate").final() / "samples.jsonl").open() as lines:
         rows = [json.loads(line) for line in lines]
     told = sorted(tuple(row[f"score_{name}"] for name in ROWS) for row in rows)

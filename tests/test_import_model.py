@@ -104,7 +104,7 @@ def test_scores_are_those_of_trlx(
 ) -> None:
     """trlX ends every summary's text itself, so that its score is the same whether the policy ended it or not."""
     model = load_reward_model(bring_reward(reward_file, origin, tmp_path / "runs" / "published"))
-    scores_B = Scorer(model, pad_id=PAD_ID, batch_tokens=batch_tokens).score(golden_sequences(ended=ended))
+    scores_B = Scorer(model, batch_tokens=batch_tokens).score(golden_sequences(ended=ended))
     expected = [row["score"] for row in GOLDEN["rows"]]
     assert max(expected) - min(expected) > 2
     assert scores_B.tolist() == pytest.approx(expected, abs=1e-5)

@@ -16,7 +16,7 @@ from rlhf.overlap import Ahead, one_behind, scoring_ahead
 from rlhf.remote_scorer import RemoteScorer
 from rlhf.scoring import Scorer
 from rlhf.service_client import Patience, ServiceAway
-from tests.fakes import PAD_ID, tiny_reward_model
+from tests.fakes import tiny_reward_model
 
 PATIENCE = 20.0
 CHUNKS = [[[1, 2], [3]], [], [[4], [5], [6]]]
@@ -165,7 +165,7 @@ def test_what_scoring_raises_is_raised_where_it_is_waited_for(service: Service) 
 
 
 def test_the_cores_that_generate_score_at_once() -> None:
-    scorer = Scorer(tiny_reward_model(), pad_id=PAD_ID, batch_tokens=100)
+    scorer = Scorer(tiny_reward_model(), batch_tokens=100)
     with scoring_ahead(scorer, heed=nothing_to_heed) as start:
         waits = [start(chunk) for chunk in CHUNKS]
         assert left_running() == []
@@ -197,7 +197,7 @@ def test_work_is_done_in_order_by_one_thread_and_what_has_not_begun_is_dropped()
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run it on a machine with one")
 def test_a_gpu_scores_beside_other_work() -> None:
-    scorer = Scorer(tiny_reward_model().to("cuda"), pad_id=PAD_ID, batch_tokens=100)
+    scorer = Scorer(tiny_reward_model().to("cuda"), batch_tokens=100)
     with scoring_ahead(scorer, heed=nothing_to_heed) as start:
         waits = [start(chunk) for chunk in CHUNKS]
         found = [wait() for wait in waits]

@@ -30,7 +30,7 @@ class ScoringService(ThreadingHTTPServer):
 
     def __init__(self, reward: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.scorer = Scorer(load_reward_model(reward), pad_id=257, batch_tokens=4096)
+        self.scorer = Scorer(load_reward_model(reward), batch_tokens=4096)
         self.checksum = fingerprint(reward)
         self.away, self.refused = False, threading.Semaphore(0)
 

@@ -21,7 +21,7 @@ from rlhf.prompt import Post, encode_prompt, encode_response
 from rlhf.scoring import Scorer
 from rlhf.stages import prepare
 from rlhf.stopping import StopSignal
-from tests.fakes import PAD_ID, rewarded_run, tiny_reward_model
+from tests.fakes import rewarded_run, tiny_reward_model
 from tests.tiny_run import byte_tokenizer, tiny_config
 
 
@@ -95,7 +95,7 @@ def killed_before_publishing(config: Config, run_dir: Path) -> None:
 
 def test_rows_hold_the_prompt_and_its_references_score(run_dir: Path) -> None:
     run(settings(), run_dir)
-    tokenizer, scorer = byte_tokenizer(), Scorer(tiny_reward_model(), pad_id=PAD_ID, batch_tokens=512)
+    tokenizer, scorer = byte_tokenizer(), Scorer(tiny_reward_model(), batch_tokens=512)
     for split in ("train", "valid"):
         examples, rows = posts(run_dir, split), environment(run_dir, split)
         assert [row.id for row in rows] == [example.post.id for example in examples]

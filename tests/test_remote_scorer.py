@@ -383,7 +383,7 @@ def test_the_service_itself_gives_the_scores_of_a_scorer(tmp_path: Path) -> None
     lengths = [1, 2, POSITIONS, *torch.randint(1, POSITIONS, (60,), generator=chance).tolist()]
     sequences = [torch.randint(0, 260, (length,), generator=chance).tolist() for length in lengths]
     sequences += [[*sequences[5], EOS_ID], [PAD_ID, EOS_ID, PAD_ID]]
-    expected = Scorer(load_reward_model(reward), pad_id=PAD_ID, batch_tokens=512).score(sequences)
+    expected = Scorer(load_reward_model(reward), batch_tokens=512).score(sequences)
     with serving_run(run_dir, max_items=20) as serving:
         # More than the service takes at once, which it says.
         config = remote_config(url=serving.url, items_per_request=40)

@@ -65,7 +65,7 @@ def test_references_average_zero_after_the_shift(finished):
         for example in load_examples(finished / "fetch" / "final" / "data", "train")
     ]
     model = load_reward_model(StageDir(finished, "reward").final())
-    scores = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=512).score(sequences)
+    scores = Scorer(model, batch_tokens=512).score(sequences)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert model.config.score_shift != 0.0
     metrics = json.loads((finished / "reward" / "final" / "metrics.json").read_text())
@@ -104,7 +104,7 @@ def test_final_loads_in_transformers_alone_and_gives_the_same_scores(finished):
     assert version == "tldr-1"
     tokenizer = byte_tokenizer()
     sequences = [[*tokenizer("TL;DR: a cat").input_ids, tokenizer.eos_token_id], tokenizer("dog").input_ids]
-    ours = Scorer(load_reward_model(final), pad_id=tokenizer.pad_token_id, batch_tokens=512).score(sequences)
+    ours = Scorer(load_reward_model(final), batch_tokens=512).score(sequences)
     assert ours.tolist() == pytest.approx([float(x) for x in theirs.split()], abs=1e-4)
 
 

@@ -13,7 +13,7 @@ from transformers import GPTJForSequenceClassification, PreTrainedModel
 from rlhf.models import backbone, blocks
 from rlhf.score_batches import MOST_ROW_TOKENS, Row, lone_rows, row_batches, shared_rows
 from rlhf.scoring import Scorer
-from tests.fakes import PAD_ID, tiny_llama, tiny_reward_model
+from tests.fakes import tiny_llama, tiny_reward_model
 
 SHIFT = 0.25
 PROMPT = list(range(10, 40))
@@ -54,7 +54,7 @@ def computed_tokens(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 def scorer(model: PreTrainedModel, batch_tokens: int = 10_000) -> Scorer:
-    return Scorer(model, pad_id=PAD_ID, batch_tokens=batch_tokens)
+    return Scorer(model, batch_tokens=batch_tokens)
 
 
 CASES: dict[str, tuple[list[list[int]], tuple[int, int]]] = {

@@ -31,7 +31,7 @@ def sequences_of(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 
 
 def scorer(model: PreTrainedModel, batch_tokens: int = 100) -> Scorer:
-    return Scorer(model, pad_id=PAD_ID, batch_tokens=batch_tokens)
+    return Scorer(model, batch_tokens=batch_tokens)
 
 
 def transformers_logit(model: PreTrainedModel, sequence: list[int]) -> float:

@@ -129,7 +129,7 @@ def test_scores_are_those_of_rlhf(run_dir: Path) -> None:
         for index in range(9)
     ]
     model = load_reward_model(run_dir / "reward" / "final")
-    alone = Scorer(model, pad_id=PAD_ID, batch_tokens=1)
+    alone = Scorer(model, batch_tokens=1)
     torch.testing.assert_close(run.reward.scorer.score(sequences), alone.score(sequences), atol=1e-4, rtol=0)
 
 

@@ -93,7 +93,7 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
         ):
             # 2. Each prompt with its reference gets its score, once.
             work = ChunkedWork(results, stop=stop, watchdog=watchdog, on_done=progress.update)
-            scores = iter(score_all(config, reward, tokenizer.pad_token_id, sequences, work))
+            scores = iter(score_all(config, reward, sequences, work))
 
             # 3. Published: a row for each post whose reference has a score.
             def conclude() -> None:
@@ -134,9 +134,7 @@ def encode_split(
     return split
 
 
-def score_all(
-    config: Config, reward: Path, pad_id: int, sequences: Sequence[list[int]], work: ChunkedWork
-) -> list[float]:
+def score_all(config: Config, reward: Path, sequences: Sequence[list[int]], work: ChunkedWork) -> list[float]:
     """The reward model's score of every sequence, which may be NaN or infinite, chunk by chunk."""
     runtime = config.runtime
     device = choose_device(runtime)
@@ -144,7 +142,7 @@ def score_all(
     def load() -> Compute:
         model = load_reward_model(reward, dtype=torch_dtype(runtime.precision), device=device)
         _check_length(config.prompt, scorable_tokens(model))
-        scorer = Scorer(model, pad_id=pad_id, batch_tokens=config.prepare.batch_tokens)
+        scorer = Scorer(model, batch_tokens=config.prepare.batch_tokens)
         return lambda number, chunk: scorer.score(chunk, allow_nonfinite=True).tolist()
 
     what = {"model": fingerprint(reward), "precision": runtime.precision, "device": device.type}

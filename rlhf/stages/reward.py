@@ -72,7 +72,7 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     take_batches(model)
 
     # 3. Train, look at the held-out pairs, shift the scores, publish.
-    scorer = Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=config.prepare.batch_tokens)
+    scorer = Scorer(model, batch_tokens=config.prepare.batch_tokens)
     evaluation = Evaluation(model, held_out, size=config.reward.micro_batch_size)
     task = Task(
         section=config.reward,

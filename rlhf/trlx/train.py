@@ -91,7 +91,7 @@ def _train(
 
 def _scorer(config: Config, reward: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Scorer:
     model = load_reward_model(reward, device=device)
-    return Scorer(model, pad_id=tokenizer.pad_token_id, batch_tokens=config.prepare.batch_tokens)
+    return Scorer(model, batch_tokens=config.prepare.batch_tokens)
 
 
 def _layers(sft: Path) -> int:

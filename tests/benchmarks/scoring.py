@@ -118,7 +118,7 @@ def measure(case: str, *, posts: int, layers: int, hidden: int, vocabulary: int,
     eager, ours = models(layers=layers, hidden=hidden, vocabulary=vocabulary)
     of_posts = texts(posts, CASES[case], vocabulary=vocabulary)
     wanted = [ids for post in of_posts for ids in post[:-1]]
-    scorer = Scorer(ours, pad_id=PAD_ID, batch_tokens=16384)
+    scorer = Scorer(ours, batch_tokens=16384)
     ways: dict[str, Callable[[], Tensor]] = {
         "scorer": lambda: scorer.score(wanted),
         "padded": lambda: padded_scores(eager, wanted),
