@@ -22,14 +22,6 @@ def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, *, temperature: float 
     return chosen_BR - scaled_BRV.logsumexp(-1)
 
 
-def token_entropy(logits_BRV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature) at each position, in float32."""
-    logprobs_BRV = F.log_softmax(logits_BRV.float() / temperature, dim=-1)
-    # A token ruled out by a logit of -inf adds nothing; without the clamp it would add 0 * -inf.
-    floor = torch.finfo(logprobs_BRV.dtype).min
-    return -(logprobs_BRV.exp() * logprobs_BRV.clamp(min=floor)).sum(-1)
-
-
 def pairwise_last_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
     """Bradley-Terry loss, mean of -log sigmoid(chosen - rejected), on one score a summary.
 

@@ -27,7 +27,7 @@ def choice_logprobs(logits_KV: Tensor, tokens_K: Tensor, *, temperature: float =
 
     logprobs_K has gradients into the logits, once; entropy_K has none. Both are float32, and float64 for logits of
     float64. The full softmax: no top-k, no top-p. A logit of -inf rules its token out; where a row holds inf or NaN,
-    both results are NaN. Equal to `losses.token_logprobs` and `losses.token_entropy` to rounding.
+    both results are NaN. Equal to `losses.token_logprobs` to rounding.
     """
     logprobs_K, entropy_K = _ChoiceLogprobs.apply(logits_KV, tokens_K, temperature)
     return logprobs_K, entropy_K

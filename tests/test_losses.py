@@ -12,7 +12,6 @@ from rlhf.losses import (
     pairwise_divergent_loss,
     pairwise_last_loss,
     policy_loss,
-    token_entropy,
     token_logprobs,
     value_loss,
 )
@@ -43,18 +42,6 @@ def test_logprobs_of_half_precision_logits_are_float32() -> None:
     logprobs_BR = token_logprobs(logits_BRV, torch.tensor([[7]]))
     assert logprobs_BR.dtype == torch.float32
     torch.testing.assert_close(logprobs_BR, row(-math.log(1000.0)))
-
-
-def test_entropy() -> None:
-    # one half, one quarter twice: 1.5 bits; and a token ruled out altogether
-    logits_BRV = torch.tensor([[[LN2, 0.0, 0.0, -math.inf], [0.0, 0.0, 0.0, 0.0]]])
-    torch.testing.assert_close(token_entropy(logits_BRV), row(1.5 * LN2, 2 * LN2))
-
-
-def test_entropy_at_low_temperature() -> None:
-    # logits doubled: 9/10 and 1/10
-    expected = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
-    torch.testing.assert_close(token_entropy(torch.tensor([[[LN3, 0.0]]]), temperature=0.5), row(expected))
 
 
 def test_last_loss_is_the_mean_over_pairs() -> None:

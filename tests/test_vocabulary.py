@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf import vocabulary
-from rlhf.losses import token_entropy, token_logprobs
+from rlhf.losses import token_logprobs
 from rlhf.vocabulary import choice_logprobs
 
 ROWS, WIDTH = 7, 12
@@ -27,6 +27,10 @@ def logits_and_tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
     return logits_KV.to(dtype).requires_grad_(), torch.randint(WIDTH, (ROWS,), generator=generator)
 
 
+def plain_entropy(logits_KV: Tensor, temperature: float) -> Tensor:
+    return torch.distributions.Categorical(logits=logits_KV.detach().float() / temperature).entropy()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_and_gradients_equal_the_plain_path(dtype: torch.dtype, temperature: float) -> None:
@@ -37,7 +41,7 @@ def test_results_and_gradients_equal_the_plain_path(dtype: torch.dtype, temperat
     assert logprobs_K.dtype == entropy_K.dtype == torch.float32
     assert not entropy_K.requires_grad
     torch.testing.assert_close(logprobs_K, plain_K, atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(entropy_K, token_entropy(logits_KV, temperature=temperature), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy_K, plain_entropy(logits_KV, temperature), atol=2e-6, rtol=1e-6)
     (ours_KV,), (plain_KV,) = (torch.autograd.grad((k * weights_K).sum(), logits_KV) for k in (logprobs_K, plain_K))
     assert ours_KV.dtype == dtype
     close = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 8e-3}
@@ -47,6 +51,15 @@ def test_results_and_gradients_equal_the_plain_path(dtype: torch.dtype, temperat
 def test_the_gradient_is_the_slope() -> None:
     logits_KV, tokens_K = logits_and_tokens(torch.float64)
     assert torch.autograd.gradcheck(lambda x: choice_logprobs(x, tokens_K, temperature=0.7)[0], (logits_KV,))
+
+
+def test_entropy_by_hand() -> None:
+    # one half, one quarter twice: 1.5 bits; and logits that are doubled: 9/10 and 1/10
+    logits_KV = torch.tensor([[math.log(2), 0.0, 0.0, -math.inf], [0.0, 0.0, 0.0, 0.0]])
+    _, entropy_K = choice_logprobs(logits_KV, torch.tensor([0, 0]))
+    assert entropy_K.tolist() == pytest.approx([1.5 * math.log(2), 2 * math.log(2)])
+    _, entropy_K = choice_logprobs(torch.tensor([[math.log(3), 0.0]]), torch.tensor([0]), temperature=0.5)
+    assert entropy_K.tolist() == pytest.approx([-(0.9 * math.log(0.9) + 0.1 * math.log(0.1))])
 
 
 def test_a_token_that_is_ruled_out_adds_nothing() -> None:
