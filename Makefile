@@ -24,7 +24,8 @@ RLHF := $(BIN)/python -m rlhf
 
 .DEFAULT_GOAL := help
 DEPLOYMENTS := deploy-fetch deploy-sft deploy-reward deploy-prepare deploy-ppo deploy-evaluate deploy-api deploy-tensorboard deploy-all
-.PHONY: help setup demo demo-seeds report serve bench-service bench-saving bench-memory bench-strategies bench-plan bench-trlx image $(DEPLOYMENTS) undeploy cluster-status cluster-logs \
+.PHONY: help setup demo demo-seeds report serve bench bench-ppo bench-paths bench-scaling bench-startup \
+  bench-service bench-saving bench-memory bench-strategies bench-plan bench-trlx image $(DEPLOYMENTS) undeploy cluster-status cluster-logs \
   e2e chaos fuzz test lint format docs lock clean
 
 help: ## list the targets
@@ -56,6 +57,23 @@ report: setup ## write the HTML report of the demo again
 
 serve: setup ## serve the run RUN (the demo) on http://127.0.0.1:8000
 	APP_RUN_DIR=$(RUNS)/$(RUN) $(BIN)/python -m app
+
+bench: setup ## each phase against what this machine can do; ARGS="--preset 6b" for the size of GPT-J-6B
+	$(BIN)/python -m tests.benchmarks.bench --output build/bench $(ARGS)
+
+bench-ppo: setup ## an iteration of PPO beside trlX's
+	$(BIN)/python -m tests.benchmarks.ppo_iteration $(ARGS)
+
+bench-paths: setup ## generation, scoring and training beside the plain ways that they are held against
+	$(BIN)/python -m tests.benchmarks.generation
+	$(BIN)/python -m tests.benchmarks.scoring
+	$(BIN)/python -m tests.benchmarks.training
+
+bench-scaling: setup ## how time and memory grow with rollouts, prompts and models
+	$(BIN)/python -m tests.benchmarks.scaling --output build/bench $(ARGS)
+
+bench-startup: setup ## how long until help is printed, and until the service is ready
+	$(BIN)/python -m tests.benchmarks.startup $(ARGS)
 
 bench-service: setup ## what batching gains the service, on this machine
 	$(BIN)/python -m tests.benchmarks.service
