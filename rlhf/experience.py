@@ -75,7 +75,7 @@ def load_in_hand(
 ) -> InHand:
     """The same from a checkpoint; rows are the environment's, of which rollouts keep the id.
 
-    Raises PrerequisiteError when the environment has other posts.
+    Raises PrerequisiteError when the environment has other posts, or another release saved them.
     """
     by_id = {row.id: row for row in rows}
     rollouts = []
@@ -88,6 +88,11 @@ def load_in_hand(
                 "the run began with"
             )
         rollouts.append(Rollout(row=by_id[saved["id"]], **fields))
+        if len(fields["trunk_TH"]) != len(rollouts[-1].row.prompt_ids) + len(fields["response_R"]) - 1:
+            raise PrerequisiteError(
+                "the saved rollouts are of another release, which kept other hidden states; go on with that release, "
+                "or move the newest step of ppo away"
+            )
     advantages_BR, returns_BR = (tensors[name].to(device, copy=True) for name in ("advantages_BR", "returns_BR"))
     return InHand(
         Experience(rollouts, advantages_BR, returns_BR),

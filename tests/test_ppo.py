@@ -18,6 +18,7 @@ from rlhf.checkpoint import StageDir
 from rlhf.config import Config
 from rlhf.environment import EnvironmentRow, load_environment
 from rlhf.errors import ConfigError, DivergedError, PrerequisiteError, StopRequested
+from rlhf.experience import InHand, in_hand_state, load_in_hand
 from rlhf.generation import draw_chances
 from rlhf.overlap import scoring_ahead
 from rlhf.ppo_evaluation import is_best
@@ -209,6 +210,17 @@ def test_a_rollout_keeps_the_trunks_states_of_its_tokens(run_dir: Path) -> None:
     torch.testing.assert_close(trunk_NH, learner.actor.trunk_states(batch.packed), atol=1e-5, rtol=0)
     tokens = [len(rollout.row.prompt_ids) + len(rollout.response_R) - 1 for rollout in rollouts]
     assert [len(rollout.trunk_TH) for rollout in rollouts] == tokens
+
+
+def test_rollouts_that_another_release_saved_are_refused(run_dir: Path) -> None:
+    learner = build_learner(config(), StageDir(run_dir, "ppo"))
+    rows = load_environment(run_dir / "prepare" / "final", "train")[:2]
+    experience, values = ppo.learn_from(learner, collect(learner, rows))
+    numbers, tensors = in_hand_state(InHand(experience, values))
+    assert load_in_hand(numbers, tensors, rows, learner.device).done == 0
+    tensors["1.trunk_TH"] = torch.cat([tensors["1.trunk_TH"], tensors["1.trunk_TH"][-1:]])
+    with pytest.raises(PrerequisiteError, match="another release"):
+        load_in_hand(numbers, tensors, rows, learner.device)
 
 
 def test_inner_epochs_end_when_the_policy_moves_too_far(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

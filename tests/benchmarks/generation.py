@@ -21,37 +21,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel
+from transformers import GPTJForCausalLM
 
 from rlhf.generation import BuiltinEngine
 from rlhf.gptj import use_fused_attention
 from rlhf.sampling import Sampling
 from rlhf.sequences import left_pad
-
-PAD_ID = 0
-
-
-def transformers_gptj(options: argparse.Namespace) -> PreTrainedModel:
-    """A GPT-J with random weights, as transformers builds it."""
-    config = GPTJConfig(
-        vocab_size=options.vocabulary,
-        n_positions=2 * (options.prompt + options.response),
-        n_embd=options.hidden,
-        n_layer=options.layers,
-        n_head=options.heads,
-        rotary_dim=options.rotary,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        initializer_range=options.spread,
-        bos_token_id=PAD_ID,
-        eos_token_id=None,
-        pad_token_id=PAD_ID,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        return GPTJForCausalLM(config).to(getattr(torch, options.dtype)).eval()
+from tests.benchmarks.plain_gptj import PAD_ID, plain_gptj
 
 
 def draw_prompts(options: argparse.Namespace) -> list[list[int]]:
@@ -73,7 +49,10 @@ def seconds(work: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """The quickest of each, in seconds, and their ratio."""
     torch.set_num_threads(options.threads)
-    theirs, ours = transformers_gptj(options), transformers_gptj(options)
+    theirs, ours = (
+        plain_gptj(options, GPTJForCausalLM, spread=options.spread).eval(),
+        plain_gptj(options, GPTJForCausalLM, spread=options.spread).eval(),
+    )
     use_fused_attention(ours)
     ours.load_state_dict(theirs.state_dict())
     prompts, new = draw_prompts(options), options.response

@@ -22,9 +22,8 @@ import tempfile
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.telemetry import configure_logging
 from tests.benchmarks import trlx_example, trlx_ppo
-from tests.benchmarks.trlx_ppo import ABSENT, count_cpu_time, measure, run_engine, table
+from tests.benchmarks.trlx_ppo import ABSENT, be_child, measure, run_engine, table
 
 PROGRAM = "tests.benchmarks.ppo_iteration"
 WANTED = 3.5
@@ -105,12 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     if options.engine:
-        configure_logging(quiet=True)
-        if options.device == "cpu":
-            count_cpu_time()
-        with tempfile.TemporaryDirectory() as folder:
-            found = run_here(Path(folder) / "run", options)
-        options.json.write_text(json.dumps(found), encoding="utf-8")
+        be_child(options, run_here)
         return
     results: dict[str, dict[str, float]] = {}
     if importlib.util.find_spec("trlx"):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 from torch.optim import AdamW
-from transformers import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, PreTrainedModel
+from transformers import GPTJForCausalLM, GPTJForSequenceClassification, PreTrainedModel
 
 from rlhf.collate import EncodedExample, EncodedPair, TokenIds, pack_examples, pad_right, token_ids
 from rlhf.gptj import use_fused_attention
@@ -34,9 +34,10 @@ from rlhf.models import freeze_bottom, position_ids
 from rlhf.pair_batches import PaddedPairs, pack_divergent, pack_pairs, pad_pairs
 from rlhf.stages.reward import batch_scores
 from rlhf.stages.sft import target_logprobs
+from tests.benchmarks.plain_gptj import PAD_ID, plain_gptj
 from tests.benchmarks.plan_traced import Counting
 
-PAD_ID, IGNORED = 0, -100
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -45,29 +46,6 @@ class Way:
 
     model: PreTrainedModel
     loss: Callable[[], Tensor]
-
-
-def gptj(options: argparse.Namespace, kind: type[PreTrainedModel]) -> PreTrainedModel:
-    """A GPT-J with random weights, as transformers builds it."""
-    config = GPTJConfig(
-        vocab_size=options.vocabulary,
-        n_positions=2 * (options.prompt + options.response),
-        n_embd=options.hidden,
-        n_layer=options.layers,
-        n_head=options.heads,
-        rotary_dim=options.rotary,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        num_labels=1,
-        bos_token_id=PAD_ID,
-        eos_token_id=PAD_ID,
-        pad_token_id=PAD_ID,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        return kind(config).to(getattr(torch, options.dtype)).train()  # type: ignore[arg-type]
 
 
 def draw(options: argparse.Namespace, mean: int, random: torch.Generator) -> list[TokenIds]:
@@ -79,7 +57,7 @@ def draw(options: argparse.Namespace, mean: int, random: torch.Generator) -> lis
 
 def sft_ways(options: argparse.Namespace) -> dict[str, Way]:
     """SFT, with the loss on the summary."""
-    plain, random = gptj(options, GPTJForCausalLM), torch.Generator().manual_seed(1)
+    plain, random = plain_gptj(options, GPTJForCausalLM).train(), torch.Generator().manual_seed(1)
     texts = zip(draw(options, options.prompt, random), draw(options, options.response, random), strict=True)
     examples = [EncodedExample("", prompt, response) for prompt, response in texts]
     batch = pack_examples(examples, loss_on="summary").to(options.device)
@@ -132,7 +110,7 @@ def divergent_ways(options: argparse.Namespace) -> dict[str, Way]:
 
 def reward_model(options: argparse.Namespace) -> PreTrainedModel:
     """Frozen as in the pipeline."""
-    model = gptj(options, GPTJForSequenceClassification)
+    model = plain_gptj(options, GPTJForSequenceClassification).train()
     freeze_bottom(model, options.frozen)
     return model
 

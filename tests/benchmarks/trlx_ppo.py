@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -171,19 +172,28 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     return options
 
 
+def run_here(run_dir: Path, options: argparse.Namespace) -> dict[str, float]:
+    """In this process: what `options.engine` takes."""
+    prepare(run_dir, options)
+    return run_engine(options.engine, run_dir, options)
+
+
+def be_child(options: argparse.Namespace, run_here: Callable[[Path, argparse.Namespace], dict[str, float]]) -> None:
+    """Do one engine's part in a run of its own, and leave the numbers where the parent looks for them."""
+    configure_logging(quiet=True)
+    if options.device == "cpu":
+        count_cpu_time()
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_here(Path(folder) / "run", options)
+    options.json.write_text(json.dumps(found), encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     if options.engine:
-        configure_logging(quiet=True)
-        if options.device == "cpu":
-            count_cpu_time()
-        with tempfile.TemporaryDirectory() as folder:
-            run_dir = Path(folder) / "run"
-            prepare(run_dir, options)
-            found = run_engine(options.engine, run_dir, options)
-        options.json.write_text(json.dumps(found), encoding="utf-8")
+        be_child(options, run_here)
         return
     results = measure(options, arguments)
     print(table(results))
