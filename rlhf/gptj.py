@@ -103,10 +103,10 @@ def attend(query_BhQD: Tensor, key_BhTD: Tensor, value_BhTD: Tensor, *, seen: Te
 def packed_states(body: PreTrainedModel, packed: Packed, inputs_NH: Tensor | None) -> Tensor:
     """Final hidden states of the kept tokens, hidden_KH, with gradients; inputs_NH stand in for the embeddings."""
     hidden_NH: Tensor = body.get_input_embeddings()(packed.ids_N) if inputs_NH is None else inputs_NH
-    blocks, last = list(body.h), len(body.h) - 1
+    blocks, last, whole = list(body.h), len(body.h) - 1, packed.whole()
     turns = blocks[0].attn.turns(packed.positions_N) if blocks else torch.empty(0)
     for number, block in enumerate(blocks):
-        arguments = (block, hidden_NH, turns, packed if number == last else packed.whole())
+        arguments = (block, hidden_NH, turns, packed if number == last else whole)
         if block.training and block.gradient_checkpointing and torch.is_grad_enabled():
             hidden_NH = block._gradient_checkpointing_func(_run_block, *arguments)
         else:
