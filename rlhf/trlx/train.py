@@ -51,7 +51,7 @@ def run(config: Config, stage: StageDir, stop: StopSignal) -> None:
     tokenizer = load_tokenizer(sft, key="sft/final")
     train, valid = _rows(config, stage, tokenizer)
     rewards = RewardFunction(
-        [*train, *valid], ppo=config.ppo, tokenizer=tokenizer, scorer=_scorer(config, reward, tokenizer, device)
+        [*train, *valid], ppo=config.ppo, tokenizer=tokenizer, scorer=_scorer(config, reward, device)
     )
     latest = stage.latest()
     saved = latest[1] if latest else None
@@ -89,7 +89,7 @@ def _train(
     trlx.train(reward_fn=ledger.reward_function, prompts=prompts, eval_prompts=eval_prompts, config=config)
 
 
-def _scorer(config: Config, reward: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Scorer:
+def _scorer(config: Config, reward: Path, device: torch.device) -> Scorer:
     model = load_reward_model(reward, device=device)
     return Scorer(model, batch_tokens=config.prepare.batch_tokens)
 

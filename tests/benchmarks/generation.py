@@ -17,7 +17,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from rlhf.generation import BuiltinEngine
 from rlhf.gptj import use_fused_attention
 from rlhf.sampling import Sampling
 from rlhf.sequences import left_pad
-from tests.benchmarks.plain_gptj import PAD_ID, plain_gptj
+from tests.benchmarks.plain_gptj import PAD_ID, plain_gptj, size_options
 
 
 def draw_prompts(options: argparse.Namespace) -> list[list[int]]:
@@ -84,17 +83,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(prog="python -m tests.benchmarks.generation")
-    numbers = {
-        "layers": 6, "hidden": 256, "heads": 8, "rotary": 32, "vocabulary": 2048, "rows": 16, "prompt": 90,
-        "response": 48, "threads": 1, "repeats": 5,
-    }  # fmt: skip
-    for name, default in numbers.items():
-        options.add_argument(f"--{name}", type=int, default=default)
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = size_options("generation", rows=16)
     options.add_argument("--spread", type=float, default=0.1, help="deviation of the weights; larger, fewer ties")
-    options.add_argument("--json", type=Path, help="write the numbers there, too")
     return options
 
 

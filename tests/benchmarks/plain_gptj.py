@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import GPTJConfig, PreTrainedModel
@@ -35,3 +36,18 @@ def plain_gptj(options: argparse.Namespace, kind: type[PreTrainedModel], *, spre
     torch.manual_seed(0)
     with torch.device(options.device):
         return kind(config).to(getattr(torch, options.dtype))  # type: ignore[arg-type]
+
+
+def size_options(name: str, *, rows: int) -> argparse.ArgumentParser:
+    """The options of a benchmark beside `plain_gptj`: its size, threads, repeats, device and dtype, and JSON."""
+    options = argparse.ArgumentParser(prog=f"python -m tests.benchmarks.{name}")
+    numbers = {
+        "layers": 6, "hidden": 256, "heads": 8, "rotary": 32, "vocabulary": 2048, "rows": rows, "prompt": 90,
+        "response": 48, "threads": 1, "repeats": 5,
+    }  # fmt: skip
+    for number, default in numbers.items():
+        options.add_argument(f"--{number}", type=int, default=default)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--json", type=Path, help="write the numbers there, too")
+    return options

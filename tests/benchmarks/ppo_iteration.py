@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 from rlhf.config import Config
+from rlhf.tokenizer import load_tokenizer
 from tests.benchmarks import trlx_example, trlx_ppo
 from tests.benchmarks.trlx_ppo import ABSENT, be_child, measure, run_engine, table
 
@@ -64,7 +65,9 @@ def score_as_the_example(config: Config, run_dir: Path, *, max_length: int) -> N
     """From now on our stage that runs trlX asks the example's reward function; for a child."""
     from rlhf.trlx import train
 
-    def scorer(config: Config, reward: Path, tokenizer: object, device: object) -> trlx_example.ExampleScorer:
+    tokenizer = load_tokenizer(run_dir / "sft" / "final", key="sft/final")
+
+    def scorer(config: Config, reward: Path, device: object) -> trlx_example.ExampleScorer:
         return trlx_example.example_scorer(run_dir, tokenizer, max_length=max_length)
 
     train._scorer = scorer

@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -34,7 +33,7 @@ from rlhf.models import freeze_bottom, position_ids
 from rlhf.pair_batches import PaddedPairs, pack_divergent, pack_pairs, pad_pairs
 from rlhf.stages.reward import batch_scores
 from rlhf.stages.sft import target_logprobs
-from tests.benchmarks.plain_gptj import PAD_ID, plain_gptj
+from tests.benchmarks.plain_gptj import PAD_ID, plain_gptj, size_options
 from tests.benchmarks.plan_traced import Counting
 
 IGNORED = -100
@@ -186,17 +185,8 @@ WAYS = {"sft": sft_ways, "reward": reward_ways, "divergent": divergent_ways}
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(prog="python -m tests.benchmarks.training")
-    numbers = {
-        "layers": 6, "hidden": 256, "heads": 8, "rotary": 32, "vocabulary": 2048, "rows": 8, "prompt": 90,
-        "response": 48, "threads": 1, "repeats": 5,
-    }  # fmt: skip
-    for name, default in numbers.items():
-        options.add_argument(f"--{name}", type=int, default=default)
+    options = size_options("training", rows=8)
     options.add_argument("--frozen", type=float, default=0.7, help="share of the reward model's blocks")
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    options.add_argument("--json", type=Path, help="write the numbers there, too")
     return options
 
 
