@@ -21,9 +21,15 @@ class Oversight:
     watchdog: Watchdog
 
     def asked(self) -> bool:
-        """Between two pieces of work, on all processes: whether any was asked to stop; a sign of life, too."""
+        """Between two pieces of work, on all processes: whether any was asked to stop; a sign of life, too.
+
+        Then all are: the signal that a launcher sends once another node has left finds this one on its way.
+        """
         self.watchdog.beat()
-        return agreed(self.stop.requested)
+        asked = agreed(self.stop.requested)
+        if asked:
+            self.stop.request()
+        return asked
 
     def heed(self) -> None:
         """As `asked`, but raises Interrupted."""

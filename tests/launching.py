@@ -17,7 +17,7 @@ import os
 if "RANK" in os.environ and "RLHF_AGENT_PID" in os.environ:
     import json, signal, sys, threading, time
     import rlhf.__main__
-    rank = int(os.environ["RANK"])
+    rank, attempt = int(os.environ["RANK"]), rlhf.__main__.attempt
     def wait_until(sign):
         while not os.path.exists(sign):
             time.sleep(0.02)

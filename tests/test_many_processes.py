@@ -65,8 +65,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return run_dir, ("--run", run_dir.name, "--runs-dir", str(folder), "--config", str(folder / "tiny.yaml"))
 
 
+SLOW_TO_LEAVE = """
+import rlhf.running
+from contextlib import contextmanager
+real = rlhf.running._writer
+@contextmanager
+def slow(*given):
+    with real(*given) as directory:
+        try:
+            yield directory
+        finally:
+            if rank == 0:
+                time.sleep(4)  # by then the other node has left, and node 0's launcher has passed that on
+rlhf.running._writer = slow
+return attempt(arguments)
+"""
+
+
 def test_a_stop_on_one_of_two_nodes_saves_and_stops_both(launcher: Launcher, tiny: Tiny) -> None:
     run_dir, named = tiny
+    launcher.stage_is(SLOW_TO_LEAVE)
     port = free_port()
     endless = [f"sft.{key}=100000" for key in ("max_steps", "epochs", "eval_every_steps", "save_every_steps")]
     named += tuple(word for setting in endless for word in ("--set", setting))
@@ -78,7 +96,7 @@ def test_a_stop_on_one_of_two_nodes_saves_and_stops_both(launcher: Launcher, tin
     nodes[1].send_signal(signal.SIGTERM)
     logs = [process.communicate(timeout=90)[1] for process in nodes]
     assert [process.returncode for process in nodes] == [75, 75], logs
-    assert all(log.splitlines()[-1].startswith("rlhf: stopped on request; step ") for log in logs)
+    assert all(log.splitlines()[-1].startswith("rlhf: stopped on request; step ") for log in logs), logs
     assert not [fact for fact in facts(logs[1]) if fact.startswith(("saved", "progress"))], "node 0 alone writes"
     [saved] = [fact for fact in facts(logs[0]) if fact.startswith("saved")]
     step, directory = StageDir(run_dir, "sft").latest() or (0, run_dir)

@@ -41,6 +41,9 @@ class StopAtLook:
         self.looks += 1
         return self.looks >= self.look
 
+    def request(self) -> None:
+        """Hear that all processes have agreed to stop."""
+
 
 def run(stage: str, config: Config, run_dir: Path, stop: Any = None) -> StageDir:
     """Run a stage in this process, as one of its own would."""
