@@ -32,8 +32,8 @@ class RowDecoder(Protocol):
         """Append a token to each row in use; gives logits_AV of the token after it, float32."""
         ...
 
-    def leave(self, rows: Sequence[int], *, spoiled: bool = False) -> list[int]:
-        """Take rows out; gives, for each row in use then, its place before. spoiled: they may hold NaN."""
+    def leave(self, rows: Sequence[int]) -> list[int]:
+        """Take rows out; gives, for each row in use then, its place before."""
         ...
 
 

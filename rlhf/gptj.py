@@ -11,6 +11,7 @@ Source of the architecture: EleutherAI's mesh-transformer-jax; attention and MLP
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class FusedAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.out_proj = attention.out_proj
         self.layer_idx = attention.layer_idx
-        self.heads = attention.num_attention_heads
+        self.heads, self.head_size = attention.num_attention_heads, attention.head_dim
         self.embed_positions = nn.Buffer(attention.embed_positions, persistent=False)
 
     def forward(
@@ -66,12 +67,15 @@ class FusedAttention(nn.Module):
 
     def split(self, projected: Tensor) -> Tensor:
         """[..., H] as [..., h, D]."""
-        return projected.unflatten(-1, (self.heads, -1))
+        return projected.unflatten(-1, (-1, self.head_size))
 
     def turned(self, projected: Tensor, turns: Tensor) -> Tensor:
-        """Queries or keys [..., H] as [..., h, D]; each pair among the first 2R entries of a head is turned, as a
-        complex number, by its position's angle."""
+        """Queries or keys [..., H] as [..., h, D], or both side by side as [..., 2h, D]; each pair among the first 2R
+        entries of a head is turned, as a complex number, by its position's angle. Without gradients, in place."""
         heads, count = self.split(projected), 2 * turns.shape[-1]
+        if not torch.is_grad_enabled() and heads.dtype == torch.float32:
+            torch.view_as_complex(heads[..., :count].unflatten(-1, (-1, 2))).mul_(turns)
+            return heads
         pairs = torch.view_as_complex(heads[..., :count].float().unflatten(-1, (-1, 2)))
         rotated = torch.view_as_real(pairs * turns).flatten(-2).to(heads.dtype)
         return torch.cat([rotated, heads[..., count:]], dim=-1) if count < heads.shape[-1] else rotated
@@ -100,13 +104,20 @@ def attend(query_BhQD: Tensor, key_BhTD: Tensor, value_BhTD: Tensor, *, seen: Te
     return F.scaled_dot_product_attention(query_BhQD, key_BhTD, value_BhTD, attn_mask=seen, is_causal=seen is None)
 
 
-def packed_states(body: PreTrainedModel, packed: Packed, inputs_NH: Tensor | None) -> Tensor:
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Hears of each block its number, the states that enter it, [N, H], its keys and its values, [B, h, T, D]."""
+
+
+def packed_states(
+    body: PreTrainedModel, packed: Packed, inputs_NH: Tensor | None = None, *, watch: Watch | None = None
+) -> Tensor:
     """Final hidden states of the kept tokens, hidden_KH, with gradients; inputs_NH stand in for the embeddings."""
     hidden_NH: Tensor = body.get_input_embeddings()(packed.ids_N) if inputs_NH is None else inputs_NH
     blocks, last, whole = list(body.h), len(body.h) - 1, packed.whole()
     turns = blocks[0].attn.turns(packed.positions_N) if blocks else torch.empty(0)
     for number, block in enumerate(blocks):
-        arguments = (block, hidden_NH, turns, packed if number == last else whole)
+        seen = partial(watch, number, hidden_NH) if watch is not None else None
+        arguments = (block, hidden_NH, turns, packed if number == last else whole, seen)
         if block.training and block.gradient_checkpointing and torch.is_grad_enabled():
             hidden_NH = block._gradient_checkpointing_func(_run_block, *arguments)
         else:
@@ -115,25 +126,27 @@ def packed_states(body: PreTrainedModel, packed: Packed, inputs_NH: Tensor | Non
     return normed
 
 
-def _run_block(block: Any, hidden_NH: Tensor, turns: Tensor, packed: Packed) -> Tensor:
-    """One block; of the last one, whose packed tells which tokens are kept, only their output: [K, H]."""
+def _run_block(
+    block: Any, hidden_NH: Tensor, turns: Tensor, packed: Packed, watch: Callable[[Tensor, Tensor], None] | None
+) -> Tensor:
+    """One block; of the last one, whose packed tells which tokens are kept, only their output: [K, H].
+
+    watch hears of the keys and values.
+    """
     attention: FusedAttention = block.attn
     readers = [attention.q_proj, attention.k_proj, attention.v_proj, block.mlp.fc_in]
     folded = FoldedNorm(block.ln_1) if can_fold(block.ln_1, readers, hidden_NH) else None
     normed_NH = block.ln_1(hidden_NH) if folded is None else folded.normalised(hidden_NH)
     into: Callable[[Any, Tensor], Tensor] = _call if folded is None else folded.into
-    key_NhD = attention.turned(into(attention.k_proj, normed_NH), turns)
-    value_NhD = attention.split(into(attention.v_proj, normed_NH))
+    key_BhTD = _side_by_side(packed.tokens, attention.turned(into(attention.k_proj, normed_NH), turns))
+    value_BhTD = _side_by_side(packed.tokens, attention.split(into(attention.v_proj, normed_NH)))
+    if watch is not None:
+        watch(key_BhTD, value_BhTD)
     hidden_KH, normed_KH = packed.pick(hidden_NH), packed.pick(normed_NH)
     query_KhD = attention.turned(into(attention.q_proj, normed_KH), packed.pick(turns))
     kept = packed.kept
     queries, seen = (packed.tokens, packed.seen_B1TT) if kept is None else (kept.queries, kept.seen_B1QT)
-    mixed_BhQD = attend(
-        _side_by_side(queries, query_KhD),
-        _side_by_side(packed.tokens, key_NhD),
-        _side_by_side(packed.tokens, value_NhD),
-        seen=seen,
-    )
+    mixed_BhQD = attend(_side_by_side(queries, query_KhD), key_BhTD, value_BhTD, seen=seen)
     mixed_KH = queries.gather(mixed_BhQD.transpose(1, 2)).flatten(1)
     if folded is None:
         widened_KH = mlp(block.mlp.fc_in, block.mlp.act, block.mlp.fc_out, normed_KH)

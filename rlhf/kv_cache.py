@@ -70,17 +70,14 @@ class Decoder:
         self._ends_A = self._ends_A + 1
         return logits_AV
 
-    def leave(self, rows: Sequence[int], *, spoiled: bool = False) -> list[int]:
-        """Take rows out; the last ones move into their places. Gives, for each row in use then, its place before.
-
-        spoiled: they may hold NaN, which would reach the next rows in their places even through a mask.
-        """
+    def leave(self, rows: Sequence[int]) -> list[int]:
+        """Take rows out; the last ones move into their places. Gives, for each row in use then, its place before."""
         order = moves(len(self), rows)
         for row, before in enumerate(order):
             if row != before:
                 self._cache.move(before, row)
-        if spoiled:
-            self._cache.wipe(len(order), len(self))
+        # They may hold NaN, which would reach the next rows in their places even through a mask.
+        self._cache.wipe(len(order), len(self))
         index = torch.tensor(order, dtype=torch.long)
         self._starts_A, self._ends_A = self._starts_A[index], self._ends_A[index]
         return order

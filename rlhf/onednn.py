@@ -44,6 +44,12 @@ def multiply(entering_MI: Tensor, weight: Tensor, bias_O: Tensor | None, *, gelu
     return product
 
 
+def multiply_add(entering_MI: Tensor, weight: Tensor, bias_O: Tensor | None, plus_MO: Tensor) -> Tensor:
+    """As `multiply`, and another matrix added to that."""
+    total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(entering_MI, plus_MO, weight, bias_O, "add")
+    return total
+
+
 def laid_out(weight_OI: Tensor, rows: int) -> Tensor:
     """A copy of a weight as oneDNN's kernels read it; `rows` is how many the other factor mostly has."""
     copied: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), rows)

@@ -39,7 +39,7 @@ class Grid:
         """[M, …] to [rows, columns, …], 0 where nothing lies. Has gradients."""
         if not self.is_full:
             empty = entries.new_zeros(self.rows * self.columns, *entries.shape[1:])
-            entries = empty.index_copy(0, self.places_M, entries)
+            entries = empty.index_copy_(0, self.places_M, entries)
         return entries.unflatten(0, (self.rows, self.columns))
 
     def gather(self, spread: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def choose_tokens(
     """
     if sampling.temperature == 0:
         tokens_A1 = _without(logits_AV, blocked).argmax(dim=-1, keepdim=True)
-        return tokens_A1.squeeze(1), logits_AV.gather(1, tokens_A1).squeeze(1) - logits_AV.logsumexp(dim=-1)
+        return tokens_A1.squeeze(1), logits_AV.log_softmax(dim=-1).gather(1, tokens_A1).squeeze(1)
     scaled_AV = logits_AV if sampling.temperature == 1 else logits_AV / max(sampling.temperature, LEAST_TEMPERATURE)
     allowed_AV = _narrow(_without(scaled_AV, blocked), sampling)
     greatest_A1 = allowed_AV.amax(dim=-1, keepdim=True).double()

@@ -118,12 +118,12 @@ class SlotBatch:
     @torch.inference_mode()
     def abort(self, keys: Collection[int]) -> None:
         """Forget these rows; keys that are not there are passed over."""
-        self._remove(keys, spoiled=False)
+        self._remove(keys)
 
-    def _remove(self, keys: Collection[int], *, spoiled: bool) -> None:
+    def _remove(self, keys: Collection[int]) -> None:
         gone = [number for number, row in enumerate(self._rows) if row.key in keys]
         if gone:
-            order = self._decoder.leave(gone, spoiled=spoiled)
+            order = self._decoder.leave(gone)
             self._rows = [self._rows[number] for number in order]
             self._tokens_A = self._tokens_A[order]
 
@@ -134,7 +134,7 @@ class SlotBatch:
         for row, token, finite in zip(rows, tokens_A.tolist(), sound, strict=True):
             row.written += 1
             news.append(NextToken(row.key, token, self._finish(row, token) if finite else "failed"))
-        self._remove({new.key for new in news if new.finish is not None}, spoiled=not all(sound))
+        self._remove({new.key for new in news if new.finish is not None})
         return news
 
     def _finish(self, row: _Row, token: int) -> Literal["stop", "length"] | None:
