@@ -69,6 +69,5 @@ class _Bags:
 
     def sums(self, tables: Tensor, weights: Tensor) -> Tensor:
         """Of each bag's rows, weighted by as many numbers: [N, columns]; tables is [..., rows, columns]."""
-        return F.embedding_bag(
-            self._rows, tables.flatten(0, -2), self._starts_N, mode="sum", per_sample_weights=weights.flatten()
-        )
+        table = tables.view(-1, tables.shape[-1])
+        return F.embedding_bag(self._rows, table, self._starts_N, mode="sum", per_sample_weights=weights.flatten())

@@ -67,14 +67,14 @@ class FusedAttention(nn.Module):
 
     def split(self, projected: Tensor) -> Tensor:
         """[..., H] as [..., h, D]."""
-        return projected.unflatten(-1, (-1, self.head_size))
+        return projected.view(*projected.shape[:-1], -1, self.head_size)
 
     def turned(self, projected: Tensor, turns: Tensor) -> Tensor:
         """Queries or keys [..., H] as [..., h, D], or both side by side as [..., 2h, D]; each pair among the first 2R
         entries of a head is turned, as a complex number, by its position's angle. Without gradients, in place."""
         heads, count = self.split(projected), 2 * turns.shape[-1]
         if not torch.is_grad_enabled() and heads.dtype == torch.float32:
-            torch.view_as_complex(heads[..., :count].unflatten(-1, (-1, 2))).mul_(turns)
+            torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2)[..., : turns.shape[-1], :]).mul_(turns)
             return heads
         pairs = torch.view_as_complex(heads[..., :count].float().unflatten(-1, (-1, 2)))
         rotated = torch.view_as_real(pairs * turns).flatten(-2).to(heads.dtype)
