@@ -111,8 +111,9 @@ class FusedStep:
         row_A1 = torch.arange(len(length_A), device=length_A.device)[:, None]
         head_h = torch.arange(heads, device=length_A.device)
         self._places = ((row_A1 * heads + head_h) * capacity + length_A[:, None]).flatten()
-        column_C = torch.arange(columns, device=length_A.device)
-        self._seen_A11C = (column_C <= length_A[:, None])[:, None, None]
+        beyond_AC = torch.arange(columns, device=length_A.device) > length_A[:, None]
+        # As numbers to be added; torch would make such of booleans in each block.
+        self._seen_A11C = values_BhCD[0].new_zeros(beyond_AC.shape).masked_fill_(beyond_AC, -torch.inf)[:, None, None]
 
     def append(self, layer: int, key_AhD: Tensor, value_AhD: Tensor) -> None:
         """Keep the new tokens' keys and values."""
