@@ -117,6 +117,7 @@ def make_accelerator(
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     join_alone(device)
+    _compile_nothing()
     settings = deepspeed_settings(
         path,
         micro_batch_size=share.micro_batch_size,
@@ -142,6 +143,16 @@ def make_accelerator(
     # weights, before the engine shards them all.
     plugin.dschf = None
     return accelerator
+
+
+def _compile_nothing() -> None:
+    """Have DeepSpeed make no operations of its own, of which it would compile one on a CPU, for inference alone.
+
+    Compiling takes a minute, and where a process is killed meanwhile, its lock holds up all others for good.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def join_alone(device: torch.device) -> None:

@@ -144,9 +144,14 @@ def test_a_bad_number_on_one_process_is_seen_by_all(launcher: Launcher, tiny: Ti
     stage, named = sft_of_its_own(tiny, f"sick-{strategy}")
     named += ("--set", f"sft.deepspeed={strategy}") if strategy else ()
     launcher.stage_is(ONE_LOSS_IS_NAN)
+    compiled = stage.path / "compiled"
+    launcher.environment["TORCH_EXTENSIONS_DIR"] = str(compiled)
     process = launcher.start("sft", "--processes", "2", *named, "--set", "sft.max_steps=4")
     _, log = process.communicate(timeout=90)
     assert process.returncode == 0, log
+    assert not compiled.exists(), (
+        "DeepSpeed compiles nothing: where a process is killed meanwhile, others wait for good"
+    )
     [bad] = [json.loads(line) for line in (stage.path / "bad-batches.jsonl").read_text().splitlines()]
     assert (bad["step"], bad["reason"], len(set(bad["ids"]))) == (3, "the loss is nan", 4)
     # Warm-up over 2 steps, then the peak: step 4 is the third one taken.
